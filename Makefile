@@ -1,0 +1,36 @@
+# `make metainit` and `make test` do all of their own set-up; each needs only Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: metainit test test-slow check benchmark clean
+metainit: $(READY)
+	$(RUN) -m reproduce.metainit_cifar10 $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m slow $(ARGS)
+
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(VENV)/bin/lint-imports
+
+benchmark: $(READY)
+	$(RUN) -m benchmarks.metainit $(ARGS)
+
+clean:
+	rm -rf $(VENV)
+
+# The stamp is written last: an environment cut off half-way is built again, and so is one older than its description.
+$(READY): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
