@@ -1,0 +1,321 @@
+r"""Higher derivatives that are right.
+
+Torch's fused layer, batch and instance norm save their mean and inverse deviation without a history. The second
+derivative accounts for them by hand; one derivative further treats them as constants, and is silently wrong. Fused
+attention and recurrent kernels have no second, or no forward-mode, derivative at all. Under `exact_derivatives()` these
+functions are re-expressed in means, products and exponentials, whose derivatives of every order autograd gets right.
+
+Function values are unchanged up to round-off. Nothing global is set: the mode is a thread-local
+`torch.overrides.TorchFunctionMode`, so an exception, another thread or a nested use leaves no trace.
+While any such mode is active, torch also turns off the Transformer's inference fast path by itself.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["exact_derivatives"]
+
+
+# ---------------------------------------------------------------------------------------------- normalisation
+def _standardise(x: Tensor, axes: list[int], eps: float) -> Tensor:
+    """(x − mean) / √(variance + ε) over `axes`, both statistics part of the graph."""
+    centred = x - x.mean(axes, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Gain and shift a channel, channels along dimension 1."""
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _layer_norm(
+    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    x = _standardise(x, list(range(-len(normalized_shape), 0)), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _torch_layer_norm(
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    return _layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:  # constants, no statistics to differentiate: torch's own formula is right
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    axes = [0, *range(2, x.ndim)]
+    count = x.numel() // x.shape[1]
+    if count < 2:
+        raise ValueError(
+            f"batch_norm: batch statistics need more than one value a channel, got input of shape {tuple(x.shape)}. "
+            "Use a larger batch or running statistics."
+        )
+    if running_mean is not None and running_var is not None:
+        _update_running(running_mean, running_var, x, axes, momentum, count)
+    return _affine(_standardise(x, axes, eps), weight, bias)
+
+
+@torch.no_grad()
+def _update_running(
+    mean: Tensor, var: Tensor, x: Tensor, axes: list[int], momentum: float | None, count: int
+) -> None:
+    """The buffers' moving averages, with torch's unbiased variance: what the replaced kernel does besides."""
+    momentum = 0.0 if momentum is None else momentum
+    mean.lerp_(x.mean(axes).to(mean.dtype), momentum)
+    var.lerp_((x.var(axes, correction=0) * (count / (count - 1))).to(var.dtype), momentum)
+
+
+def _torch_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    axes = list(range(2, x.ndim))
+    count = math.prod(x.shape[2:])
+    if count < 2:
+        raise ValueError(
+            "instance_norm: its statistics need more than one position a channel, got input of shape "
+            f"{tuple(x.shape)}. Use a larger input."
+        )
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            mean, var = x.mean(axes).mean(0), x.var(axes, correction=1).mean(0)
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(var.to(running_var.dtype), momentum)
+    return _affine(_standardise(x, axes, eps), weight, bias)
+
+
+def _torch_instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return _instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g · v / ‖v‖ with one norm for each index of `dim` (−1: one for the whole tensor)."""
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim or dim == -1]
+    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+
+
+# ---------------------------------------------------------------------------------------------- attention
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(Q Kᵀ · scale + mask) V."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = (query * scale) @ key.transpose(-2, -1)
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("scaled_dot_product_attention: pass `attn_mask` or `is_causal`, got both.")
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is None:
+        weights = scores.softmax(-1)
+    else:
+        alive = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
+        if attn_mask.dtype != torch.bool:
+            scores = scores + attn_mask.masked_fill(~alive, 0.0)
+        # A row with no key to attend to is zero in torch, not NaN: so the mask is finite, and applied once more after.
+        weights = scores.masked_fill(~alive, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~alive, 0.0)
+    return F.dropout(weights, dropout_p) @ value if dropout_p > 0 else weights @ value
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward` by way of its explicit weights, which it drops where none were asked for."""
+    # need_weights is the tenth argument after the dropout probability; every caller in torch.nn passes it by name
+    need_weights = kwargs.pop("need_weights", True)
+    output, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+    return output, weights if need_weights else None
+
+
+# ---------------------------------------------------------------------------------------------- recurrent layers
+def _lstm_cell(
+    x: Tensor, state: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    h, c = state
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(
+    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Tensor:
+    x_r, x_z, x_n = F.linear(x, w_ih, b_ih).chunk(3, -1)
+    h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    z = (x_z + h_z).sigmoid()
+    n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+    return (1 - z) * n + z * h
+
+
+def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
+        return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
+
+    return cell
+
+
+_CELLS: dict[str, Callable] = {
+    "lstm": _lstm_cell,
+    "gru": _gru_cell,
+    "rnn_tanh": _rnn_cell(torch.tanh),
+    "rnn_relu": _rnn_cell(torch.relu),
+}
+
+
+def _recurrent(kind: str) -> Callable:
+    """`torch.lstm`, `torch.gru`, … as a loop over its cell: layers, directions, dropout, projections, packed input."""
+    cell, has_memory = _CELLS[kind], kind == "lstm"
+
+    def scan(x: Tensor, sizes: list[int] | None, state: tuple, weights: list, reverse: bool) -> tuple[Tensor, tuple]:
+        # one layer, one direction; x is (time, batch, features), or (sum of sizes, features) where packed.
+        # Packed sequences are sorted by length: at each time the first `sizes[t]` of the batch are alive.
+        projection = weights.pop() if has_memory and len(weights) in (3, 5) else None
+        steps = list(x.unbind(0)) if sizes is None else list(x.split(sizes))
+        outputs = [x] * len(steps)
+        for time in reversed(range(len(steps))) if reverse else range(len(steps)):
+            alive = steps[time].shape[0]
+            now = tuple(s[:alive] for s in state)
+            new = cell(steps[time], now, *weights) if has_memory else (cell(steps[time], now[0], *weights),)
+            if projection is not None:
+                new = (F.linear(new[0], projection), new[1])
+            ended = state[0].shape[0] > alive
+            state = tuple(torch.cat([n, s[alive:]]) for n, s in zip(new, state, strict=True)) if ended else new
+            outputs[time] = new[0]
+        return (torch.stack(outputs) if sizes is None else torch.cat(outputs)), state
+
+    def run(x, sizes, initial, flat, has_biases, layers, dropout, train, bidirectional):
+        directions = 2 if bidirectional else 1
+        per = len(flat) // (layers * directions)
+        final = []
+        for layer in range(layers):
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                weights = list(flat[index * per : (index + 1) * per])
+                output, state = scan(x, sizes, tuple(s[index] for s in initial), weights, reverse=direction == 1)
+                outputs.append(output)
+                final.append(state)
+            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+            if dropout and train and layer < layers - 1:
+                x = F.dropout(x, dropout)
+        return (x, *(torch.stack(parts) for parts in zip(*final, strict=True)))
+
+    def padded(x, hx, flat, has_biases, layers, dropout, train, bidirectional, batch_first):
+        x = x.transpose(0, 1) if batch_first else x
+        y, *final = run(
+            x, None, hx if has_memory else (hx,), flat, has_biases, layers, dropout, train, bidirectional
+        )
+        return (y.transpose(0, 1) if batch_first else y, *final)
+
+    def packed(x, batch_sizes, hx, flat, has_biases, layers, dropout, train, bidirectional):
+        sizes = batch_sizes.tolist()
+        return run(x, sizes, hx if has_memory else (hx,), flat, has_biases, layers, dropout, train, bidirectional)
+
+    def recurrent(x, *args):
+        # torch tells its two overloads apart by the type of the fourth argument: weights, or a flag
+        return padded(x, *args) if isinstance(args[1], (list, tuple)) else packed(x, *args)
+
+    return recurrent
+
+
+# ---------------------------------------------------------------------------------------------- the mode
+_REPLACEMENTS: dict[Callable, Callable] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _torch_layer_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+    torch._weight_norm: _weight_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    **{getattr(torch, kind): _recurrent(kind) for kind in _CELLS},
+    **{getattr(torch, f"{kind}_cell"): cell for kind, cell in _CELLS.items()},
+}
+
+
+class _Exact(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def exact_derivatives() -> Iterator[None]:
+    """A context in which derivatives of every order, forward, reverse or under vmap, are right.
+
+    Enter it *inside* the function that is differentiated (`common.functional.pure_loss` does): a recomputation during
+    backward runs outside any context that surrounds the call.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64, requires_grad=True)
+        >>> with exact_derivatives():
+        ...     y = torch.nn.functional.layer_norm(x, (3,))
+        >>> torch.allclose(y, torch.nn.functional.layer_norm(x, (3,)))
+        True
+    """
+    with _Exact():
+        yield

@@ -1,0 +1,568 @@
+"""The baselines: Xavier, Kaiming, orthogonal, delta-orthogonal, LSUV, Fixup, SkipInit, and the bad starts of MetaInit.
+
+What they share. A *weight layer* is a convolution (transposed or not), a linear layer, a recurrent layer or an
+attention layer. Each rule below fills W, of shape (out, in, *taps), with
+
+    fan_in = in · taps,    fan_out = out · taps,
+
+where a tensor that stacks several matrices (a convolution's groups, a recurrent layer's gates, attention's query, key
+and value) is filled matrix by matrix, and a transposed convolution counts `in` and `out` in the direction of its
+forward pass. Unless a function says otherwise, biases become 0, gains of normalisation layers 1 and their shifts 0.
+An embedding is a linear layer on one-hot inputs, whose fan-in is therefore 1: N(0, 1) as torch has it, its padding
+row 0; one that is tied to a linear layer follows the linear layer's rule. Parameters of other modules (a residual
+scalar, a class token) are left alone.
+
+Everything random comes from `generator`, on whose device the numbers are drawn, so that a model starts the same on
+every device. All values are computed before the first is written: on an error the model is as it was. Writing is in
+place: the parameters stay the same objects, and a tied one is initialised once.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.networks.layers import gain_of
+from common.types import Batch
+
+__all__ = [
+    "INITIALIZERS",
+    "delta_orthogonal_",
+    "fixup_",
+    "gain_of",
+    "kaiming_",
+    "lsuv_",
+    "normal_",
+    "orthogonal_",
+    "rezero_",
+    "scale_layer_",
+    "scale_weights_",
+    "skipinit_",
+    "torch_default_",
+    "uniform_",
+    "weight_layers",
+    "xavier_",
+]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+WEIGHT_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *RECURRENT, nn.MultiheadAttention)
+
+Distribution = Literal["normal", "uniform"]
+Rule = Callable[[Tensor], Any]
+"""Fills one contiguous matrix (out, in, *taps) in place."""
+
+
+class Weight(NamedTuple):
+    """One weight tensor of the model: where it is, and what it is."""
+
+    name: str
+    tensor: Tensor
+    layer: nn.Module
+
+
+# --- Walking over a model ---------------------------------------------------------------------------------------------
+
+
+def weight_layers(model: nn.Module, *, caller: str = "weight_layers") -> list[Weight]:
+    """Every weight tensor of the model once, in the order of registration, embeddings among them.
+
+    Raises:
+        ValueError: There is none, or one is not an ordinary parameter (lazy, or computed by a parametrisation).
+    """
+    found: dict[int, Weight] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, (*WEIGHT_LAYERS, *EMBEDDINGS)):
+            continue
+        own = dict(layer.named_parameters(path, recurse=False))
+        matrices = {name: p for name, p in own.items() if "weight" in name.rpartition(".")[2]}
+        ordinary = bool(matrices) and not any(nn.parameter.is_lazy(p) or p.ndim < 2 for p in matrices.values())
+        if not ordinary or hasattr(layer, "parametrizations"):
+            raise ValueError(
+                f"{caller}: every weight must be an ordinary parameter, got a lazy or parametrised one in "
+                f"{path or type(model).__name__!r}. Run one forward pass, or remove the parametrisation, first."
+            )
+        for name, parameter in matrices.items():
+            # A tied embedding follows the rule of the linear layer it is tied to.
+            if id(parameter) not in found or isinstance(found[id(parameter)].layer, EMBEDDINGS):
+                found[id(parameter)] = Weight(name, parameter, layer)
+    if not found:
+        raise ValueError(
+            f"{caller}: `model` must have a weight layer, got {type(model).__name__} without any. "
+            "Convolutions, linear, recurrent, attention and embedding layers count."
+        )
+    return list(found.values())
+
+
+def _matrices(weight: Weight) -> tuple[Tensor, ...]:
+    """Views of one weight tensor as the matrices (out, in, *taps) it stacks."""
+    _, tensor, layer = weight
+    if isinstance(layer, CONVOLUTIONS):
+        return tensor.chunk(layer.groups)
+    if isinstance(layer, TRANSPOSED):
+        return tuple(group.transpose(0, 1) for group in tensor.chunk(layer.groups))
+    if isinstance(layer, RECURRENT):
+        return tensor.chunk(max(1, tensor.shape[0] // int(layer.hidden_size)))  # gates; an LSTM's projection is one
+    if isinstance(layer, nn.MultiheadAttention) and weight.name.endswith("in_proj_weight"):
+        return tensor.chunk(3)
+    return (tensor,)
+
+
+def _padding_row(layer: nn.Module) -> int | None:
+    return layer.padding_idx if isinstance(layer, EMBEDDINGS) else None
+
+
+def _shifts_and_gains(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
+    """The vectors every baseline sets: biases and a normalisation's shifts to 0, a normalisation's gains to 1."""
+    for layer in model.modules():
+        if isinstance(layer, (*WEIGHT_LAYERS, *NORMS)):
+            for name, parameter in layer.named_parameters(recurse=False):
+                if "bias" in name:
+                    yield parameter, 0.0
+                elif isinstance(layer, NORMS):
+                    yield parameter, 1.0
+
+
+def _fans(W: Tensor) -> tuple[int, int]:
+    taps = W[0, 0].numel()
+    return W.shape[1] * taps, W.shape[0] * taps
+
+
+@torch.no_grad()
+def _fill_(
+    caller: str,
+    model: nn.Module,
+    rule: Callable[[Weight], Rule],
+    *,
+    generator: torch.Generator,
+    embedding_rule: Rule | None = None,
+) -> None:
+    """`rule(weight)` on every matrix of every weight layer, `embedding_rule` on embeddings, zeros and ones elsewhere."""
+    pending: list[tuple[Tensor, Tensor]] = []
+    for weight in weight_layers(model, caller=caller):
+        is_embedding = isinstance(weight.layer, EMBEDDINGS)
+        fill = (embedding_rule or _normal(1.0, generator)) if is_embedding else rule(weight)
+        for matrix in _matrices(weight):
+            new = torch.empty(matrix.shape, dtype=matrix.dtype, device=generator.device)
+            fill(new)
+            if is_embedding and (row := _padding_row(weight.layer)) is not None:
+                new[row] = 0.0
+            pending.append((matrix, new))
+    for matrix, new in pending:
+        matrix.copy_(new)
+    for vector, value in _shifts_and_gains(model):
+        vector.fill_(value)
+
+
+def _normal(std: float, generator: torch.Generator) -> Rule:
+    return lambda W: nn.init.normal_(W, std=std, generator=generator)
+
+
+def _check_positive(caller: str, **values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{caller}: `{name}` must be positive and finite, got {value}.")
+
+
+def _check_choice(caller: str, choices: tuple[str, ...], **values: str) -> None:
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{caller}: `{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+# --- Variance rules ---------------------------------------------------------------------------------------------------
+
+
+def xavier_(
+    model: nn.Module, *, generator: torch.Generator, gain: float = 1.0, distribution: Distribution = "normal"
+) -> None:
+    r"""W ~ N(0, γ²·2/(fan_in + fan_out)), or U(±γ√(6/(fan_in + fan_out))), with γ = `gain`.
+
+    Between what keeps the variance of activations and what keeps that of gradients, for φ linear at 0.
+
+    Reference: Glorot and Bengio, AISTATS 2010.
+    """
+    _check_positive("xavier_", gain=gain)
+    _check_choice("xavier_", ("normal", "uniform"), distribution=distribution)
+    draw = nn.init.xavier_normal_ if distribution == "normal" else nn.init.xavier_uniform_
+    _fill_("xavier_", model, lambda _: lambda W: draw(W, gain=gain, generator=generator), generator=generator)
+
+
+def kaiming_(
+    model: nn.Module,
+    *,
+    generator: torch.Generator,
+    mode: Literal["fan_in", "fan_out"] = "fan_in",
+    nonlinearity: str = "relu",
+    distribution: Distribution = "normal",
+) -> None:
+    r"""W ~ N(0, γ²/fan), or U(±γ√(3/fan)), with γ = `gain_of(nonlinearity)` and the fan that `mode` names.
+
+    fan_in keeps the second moment of activations, fan_out that of gradients. With fan_in, ‖W‖_F ≈ γ√out.
+    This is He's rule, *not* the default of torch's layers: that is `torch_default_`.
+
+    Reference: He et al., ICCV 2015.
+    """
+    _check_choice("kaiming_", ("fan_in", "fan_out"), mode=mode)
+    _check_choice("kaiming_", ("normal", "uniform"), distribution=distribution)
+    gamma = gain_of(nonlinearity)
+
+    def draw(W: Tensor) -> None:
+        fan_in, fan_out = _fans(W)
+        std = gamma / math.sqrt(fan_in if mode == "fan_in" else fan_out)
+        if distribution == "normal":
+            nn.init.normal_(W, std=std, generator=generator)
+        else:
+            nn.init.uniform_(W, -math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+
+    _fill_("kaiming_", model, lambda _: draw, generator=generator)
+
+
+@torch.no_grad()
+def torch_default_(model: nn.Module, *, generator: torch.Generator) -> None:
+    r"""What torch's own layers start from, drawn from `generator`.
+
+    Convolutions and linear layers: Kaiming uniform with a = √5, which is W ~ U(±1/√fan_in), a standard deviation of
+    1/√(3 fan_in) or √6 less than He's; biases U(±1/√fan_in), not 0. Recurrent layers: everything U(±1/√hidden).
+    Attention's input projections: Xavier uniform on the stacked matrix, biases 0. Embeddings: N(0, 1).
+    As in torch, the fan-in of a transposed convolution is counted against its forward pass.
+
+    The draws come in the order of torch's constructors: weights and biases of convolutions and linear layers are bit
+    by bit those of a sequential model built after `torch.manual_seed`, given a generator of the same seed.
+    """
+    pending: list[tuple[Tensor, Tensor]] = []
+    for _, tensor, layer in weight_layers(model, caller="torch_default_"):
+        new = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
+        if isinstance(layer, EMBEDDINGS):
+            nn.init.normal_(new, generator=generator)
+            if (row := _padding_row(layer)) is not None:
+                new[row] = 0.0
+        elif isinstance(layer, nn.MultiheadAttention):
+            nn.init.xavier_uniform_(new, generator=generator)
+        elif isinstance(layer, RECURRENT):
+            bound = 1 / math.sqrt(int(layer.hidden_size))
+            nn.init.uniform_(new, -bound, bound, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(new, a=math.sqrt(5), generator=generator)
+        pending.append((tensor, new))
+
+        biases = [p for name, p in layer.named_parameters(recurse=False) if "bias" in name]
+        if isinstance(layer, nn.MultiheadAttention):
+            continue  # zero, as every other vector below
+        fan_in = int(layer.hidden_size) if isinstance(layer, RECURRENT) else _fans(tensor)[0]
+        written = {id(old) for old, _ in pending}
+        for bias in biases:
+            if id(bias) not in written:
+                new = torch.empty(bias.shape, dtype=bias.dtype, device=generator.device)
+                pending.append((bias, nn.init.uniform_(new, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator)))
+    for vector, value in _shifts_and_gains(model):
+        vector.fill_(value)
+    for old, new in pending:
+        old.copy_(new)
+
+
+# --- Orthogonal rules -------------------------------------------------------------------------------------------------
+
+
+def orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0) -> None:
+    r"""W = γ Q, Q the Haar-distributed (out × fan_in) matrix with orthonormal rows or, where it is tall, columns.
+
+    A ~ N(0, 1), A = QR, Q ← Q diag(sign diag R): every singular value is γ = `gain`. A recurrent layer's gates are
+    orthogonal one by one.
+
+    Reference: Saxe, McClelland and Ganguli, ICLR 2014.
+    """
+    _check_positive("orthogonal_", gain=gain)
+    _fill_("orthogonal_", model, lambda _: _orthogonal(gain, generator), generator=generator)
+
+
+def _orthogonal(gain: float, generator: torch.Generator) -> Rule:
+    return lambda W: nn.init.orthogonal_(W, gain=gain, generator=generator)
+
+
+def delta_orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0) -> None:
+    r"""K[:, :, c, c] = γ Q at the centre tap c = ⌊size/2⌋ and 0 elsewhere; linear layers W = γ Q.
+
+    A convolution of stride 1 then acts on every pixel by itself, as γ times an isometry where in ≤ out; where
+    in > out the rows of Q are orthonormal instead and norms shrink. ‖K‖_F = γ√min(in, out). For ReLU γ = √2, for tanh
+    its critical γ = 1.
+
+    Reference: Xiao et al., ICML 2018.
+    """
+    _check_positive("delta_orthogonal_", gain=gain)
+
+    def draw(W: Tensor) -> None:
+        Q = nn.init.orthogonal_(W.new_empty(W.shape[:2]), gain=gain, generator=generator)
+        W.zero_()
+        W[(..., *(size // 2 for size in W.shape[2:]))] = Q
+
+    _fill_("delta_orthogonal_", model, lambda _: draw, generator=generator)
+
+
+# --- LSUV -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def lsuv_(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    generator: torch.Generator,
+    tolerance: float = 0.1,
+    max_tries: int = 10,
+    forward: Callable[[nn.Module, Batch], Any] = lambda model, batch: model(batch[0]),
+) -> None:
+    r"""Layer-sequential unit variance: orthonormal weights, then every layer's output rescaled to variance 1.
+
+    For each convolution and linear layer in the order of the forward pass, with v the variance of all elements of
+    its output (before any activation) on `batch`: while |√v − 1| > tolerance, at most `max_tries` times, W ← W/√v.
+    With zero biases once is enough, unless a layer is used more than once; its first use counts.
+
+    Batch normalisation uses batch statistics meanwhile, everything else is in evaluation mode. Layers that `forward`
+    does not call as modules (inside fused attention, say) keep their orthonormal weights.
+
+    Args:
+        batch: What `forward` takes; by default `(inputs, …)`.
+        forward: Runs the model on the batch; its result is not used.
+
+    Raises:
+        ValueError: A layer's output is constant or not finite, so that no scale helps. The model is as it was.
+
+    Reference: Mishkin and Matas, ICLR 2016.
+    """
+    _check_positive("lsuv_", tolerance=tolerance, max_tries=max_tries)
+    layers = {
+        layer: weight.name
+        for weight in weight_layers(model, caller="lsuv_")
+        if isinstance(layer := weight.layer, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
+    }
+    with _undone(model):
+        _fill_("lsuv_", model, lambda _: _orthogonal(1.0, generator), generator=generator)
+        for layer in _order_of_calls(model, layers, lambda: forward(model, batch)):
+            for _ in range(max_tries):
+                std = _output_std(layer, lambda: forward(model, batch))
+                if not (math.isfinite(std) and std > 0):
+                    raise ValueError(
+                        f"lsuv_: every layer's output must vary over the batch, got a standard deviation of {std} at "
+                        f"{layers[layer]!r}. Are its inputs dead, or the batch a constant?"
+                    )
+                if abs(std - 1) <= tolerance:
+                    break
+                layer.weight.div_(std)
+
+
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Buffers, modes and the global generators afterwards as before; on an error the parameters as well."""
+    parameters = [(p, p.clone()) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device.index for p, _ in parameters if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng([index for index in devices if index is not None]):
+            for module in model.modules():
+                module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            yield
+    except BaseException:
+        for parameter, old in parameters:
+            parameter.copy_(old)
+        raise
+    finally:
+        for buffer, old in buffers:
+            buffer.copy_(old)
+        for module, training in modes:
+            module.training = training
+
+
+def _order_of_calls(model: nn.Module, layers: dict[nn.Module, str], run: Callable[[], Any]) -> list[nn.Module]:
+    called: dict[nn.Module, None] = {}
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.setdefault(layer)) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(called)
+
+
+def _output_std(layer: nn.Module, run: Callable[[], Any]) -> float:
+    outputs: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return outputs[0].var(correction=0).sqrt().item()
+
+
+# --- Residual networks without normalisation --------------------------------------------------------------------------
+
+
+def fixup_(model: nn.Module, *, generator: torch.Generator, nonlinearity: str = "relu") -> None:
+    r"""Fixup: each step of SGD changes a residual network's function by Θ(η), whatever its depth.
+
+    With L residual branches of m weight layers each:
+
+    1. the classifier (the last linear layer) and the last layer of every branch: 0;
+    2. a branch's other layers: Kaiming normal over the fan-out, times L^(−1/(2m − 2)); every other layer: the same
+       without the factor;
+    3. the branch's multiplier 1, and the scalar biases 0 (`ResNet(branch="fixup")` has them).
+
+    A module is a residual block if it has `branch_layers()`, its branch's weight layers in forward order, as the blocks
+    of `ResNet` and `WideResNet` do.
+
+    Raises:
+        ValueError: The model has normalisation layers, no residual block, or no linear layer.
+
+    Reference: Zhang, Dauphin and Ma, ICLR 2019.
+    """
+    branches = [list(module.branch_layers()) for module in model.modules() if hasattr(module, "branch_layers")]  # pyright: ignore[reportCallIssue]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not branches or not linear:
+        raise ValueError(
+            f"fixup_: `model` must have residual blocks and a linear classifier, got {len(branches)} and {len(linear)} "
+            "of them. A block is a module with `branch_layers()`, its weight layers in forward order."
+        )
+    if any(isinstance(module, NORMS) for module in model.modules()):
+        raise ValueError("fixup_: `model` must be free of normalisation, got one with it. Fixup replaces it.")
+    gamma = gain_of(nonlinearity)
+    L = len(branches)
+    zero = {linear[-1], *(layers[-1] for layers in branches)}
+    factor = {layer: L ** (-1 / (2 * len(layers) - 2)) for layers in branches for layer in layers[:-1]}
+
+    def rule(weight: Weight) -> Rule:
+        if weight.layer in zero:
+            return nn.init.zeros_
+        scale = gamma * factor.get(weight.layer, 1.0)
+        return lambda W: nn.init.normal_(W, std=scale / math.sqrt(_fans(W)[1]), generator=generator)
+
+    _fill_("fixup_", model, rule, generator=generator)
+    with torch.no_grad():
+        for scalar, value in [*_scalars(model, "scale", 1.0), *_scalars(model, "bias", 0.0)]:
+            scalar.fill_(value)
+
+
+def _scalars(model: nn.Module, name: str, value: float) -> list[tuple[Tensor, float]]:
+    """The one-element parameters of that name that belong to no ordinary layer, with the value they shall have."""
+    return [
+        (parameter, value)
+        for module in model.modules()
+        if not isinstance(module, (*WEIGHT_LAYERS, *EMBEDDINGS, *NORMS))
+        for own, parameter in module.named_parameters(recurse=False)
+        if own == name and parameter.numel() == 1
+    ]
+
+
+def skipinit_(model: nn.Module, alpha: float = 0.0, *, generator: torch.Generator | None = None) -> None:
+    r"""SkipInit: h ← h + α F(h), every branch's α set to `alpha`: 0, or anything up to 1/√(branches).
+
+    α is a one-element parameter called `alpha` (`ResNet(branch="skipinit")`). Given a generator, everything else is
+    initialised by `kaiming_` first; without one it stays as it is. At α = 0 the branches' weights have no gradient:
+    a method that learns from gradients at initialisation should start from 1/√(branches).
+
+    Raises:
+        ValueError: `alpha` is not finite, or the model has no such parameter.
+
+    Reference: De and Smith, NeurIPS 2020.
+    """
+    _residual_scalars_("skipinit_", model, "alpha", alpha, kaiming_, generator)
+
+
+def rezero_(model: nn.Module, alpha: float = 0.0, *, generator: torch.Generator | None = None) -> None:
+    r"""ReZero: SkipInit's rule for Transformers, h ← h + α F(h), with α called `resweight` as in its released code.
+
+    Given a generator, everything else is initialised by `xavier_` first, the Transformer's custom.
+
+    Raises:
+        ValueError: `alpha` is not finite, or the model has no such parameter.
+
+    Reference: Bachlechner et al., UAI 2021.
+    """
+    _residual_scalars_("rezero_", model, "resweight", alpha, xavier_, generator)
+
+
+@torch.no_grad()
+def _residual_scalars_(
+    caller: str,
+    model: nn.Module,
+    name: str,
+    alpha: float,
+    others: Callable[..., None],
+    generator: torch.Generator | None,
+) -> None:
+    if not math.isfinite(alpha):
+        raise ValueError(f"{caller}: `alpha` must be finite, got {alpha}.")
+    scalars = _scalars(model, name, alpha)
+    if not scalars:
+        raise ValueError(
+            f"{caller}: `model` must have residual scalars, got no one-element parameter called `{name}`. "
+            "make_network('resnet20', branch='skipinit') has them, called `alpha`."
+        )
+    if generator is not None:
+        others(model, generator=generator)
+    for scalar, value in scalars:
+        scalar.fill_(value)
+
+
+# --- Bad starts (MetaInit's protocol) ---------------------------------------------------------------------------------
+
+
+def normal_(model: nn.Module, std: float = 0.1, *, generator: torch.Generator) -> None:
+    r"""W ~ N(0, `std`²) in every layer, embeddings too, whatever its fan: the bad start MetaInit corrects."""
+    _check_positive("normal_", std=std)
+    rule = _normal(std, generator)
+    _fill_("normal_", model, lambda _: rule, generator=generator, embedding_rule=rule)
+
+
+def uniform_(model: nn.Module, bound: float = 0.1, *, generator: torch.Generator) -> None:
+    r"""W ~ U(±`bound`) in every layer, embeddings too, whatever its fan; the standard deviation is bound/√3."""
+    _check_positive("uniform_", bound=bound)
+
+    def rule(W: Tensor) -> None:
+        nn.init.uniform_(W, -bound, bound, generator=generator)
+
+    _fill_("uniform_", model, lambda _: rule, generator=generator, embedding_rule=rule)
+
+
+@torch.no_grad()
+def scale_weights_(model: nn.Module, factor: float) -> None:
+    r"""W ← `factor` · W for every weight tensor; biases and normalisation layers stay as they are."""
+    _check_positive("scale_weights_", factor=factor)
+    for weight in weight_layers(model, caller="scale_weights_"):
+        weight.tensor.mul_(factor)
+
+
+@torch.no_grad()
+def scale_layer_(model: nn.Module, index: int, factor: float) -> None:
+    r"""W ← `factor` · W for one weight tensor, counted in the order of registration, from the end if negative.
+
+    Raises:
+        ValueError: `factor` is not positive and finite, or there is no such layer.
+    """
+    _check_positive("scale_layer_", factor=factor)
+    weights = weight_layers(model, caller="scale_layer_")
+    if not -len(weights) <= index < len(weights):
+        raise ValueError(f"scale_layer_: `index` must be in [{-len(weights)}, {len(weights)}), got {index}.")
+    weights[index].tensor.mul_(factor)
+
+
+INITIALIZERS: dict[str, Callable[..., None]] = {
+    "xavier": xavier_,
+    "kaiming": kaiming_,
+    "torch_default": torch_default_,
+    "orthogonal": orthogonal_,
+    "delta_orthogonal": delta_orthogonal_,
+    "lsuv": lsuv_,
+    "fixup": fixup_,
+    "skipinit": skipinit_,
+    "rezero": rezero_,
+    "normal": normal_,
+    "uniform": uniform_,
+}
+"""By name. Each takes `(model, generator=generator)` and its own options; "lsuv" takes `(model, batch, …)`."""
