@@ -62,6 +62,8 @@ def accumulate(term: Callable[[Batch], Params], batch: Batch, size: int | None) 
     total: Params | None = None
     for weight, piece in micro_batches(batch, size):
         value = term(piece)
-        total = tree_map(lambda leaf, w=weight: w * leaf, value) if total is None else tree_add(total, value, scale=weight)
+        total = (
+            tree_map(lambda leaf, w=weight: w * leaf, value) if total is None else tree_add(total, value, scale=weight)
+        )
     assert total is not None
     return total

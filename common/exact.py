@@ -81,9 +81,7 @@ def _batch_norm(
 
 
 @torch.no_grad()
-def _update_running(
-    mean: Tensor, var: Tensor, x: Tensor, axes: list[int], momentum: float | None, count: int
-) -> None:
+def _update_running(mean: Tensor, var: Tensor, x: Tensor, axes: list[int], momentum: float | None, count: int) -> None:
     """The buffers' moving averages, with torch's unbiased variance: what the replaced kernel does besides."""
     momentum = 0.0 if momentum is None else momentum
     mean.lerp_(x.mean(axes).to(mean.dtype), momentum)
@@ -266,9 +264,7 @@ def _recurrent(kind: str) -> Callable:
 
     def padded(x, hx, flat, has_biases, layers, dropout, train, bidirectional, batch_first):
         x = x.transpose(0, 1) if batch_first else x
-        y, *final = run(
-            x, None, hx if has_memory else (hx,), flat, has_biases, layers, dropout, train, bidirectional
-        )
+        y, *final = run(x, None, hx if has_memory else (hx,), flat, has_biases, layers, dropout, train, bidirectional)
         return (y.transpose(0, 1) if batch_first else y, *final)
 
     def packed(x, batch_sizes, hx, flat, has_biases, layers, dropout, train, bidirectional):

@@ -5,6 +5,8 @@ dropout's randomness comes from, which buffers may be written (none of the user'
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -154,6 +156,19 @@ def uses_batch_statistics(model: nn.Module, batch_norm: BatchNormMode) -> bool:
     )
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Gradients on, autocast and TF32 off, and all as before afterwards: initialisers run in the parameters' own dtype."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # ---------------------------------------------------------------------------------------------- what entry points check
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"}
 
@@ -164,10 +179,14 @@ def check_bare(model: nn.Module, caller: str) -> None:
         raise TypeError(f"{caller}: `model` must be an nn.Module, got {type(model).__name__}.")
     kind = next((base.__name__ for base in type(model).__mro__ if base.__name__ in _WRAPPERS), None)
     if kind is not None:
-        raise TypeError(f"{caller}: `model` must not be wrapped, got {kind}. Pass the module inside it: `model.module`.")
+        raise TypeError(
+            f"{caller}: `model` must not be wrapped, got {kind}. Pass the module inside it: `model.module`."
+        )
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError(f"{caller}: `model` must not be compiled. Pass the module inside it: `model._orig_mod`.")
-    sharded = [name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "full_tensor")]
+    sharded = [
+        name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "full_tensor")
+    ]
     if sharded:
         raise TypeError(
             f"{caller}: `model` must hold whole tensors, got the sharded tensor {sharded[0]!r} (FSDP). "
@@ -201,8 +220,8 @@ def check_first_batch(
         raise ValueError(f"{caller}: `loss_fn` must return a scalar tensor, the mean over examples, got {got}.")
     if not value.isfinite():
         raise ValueError(
-            f"{caller}: the loss must be finite, got {value.item()} at the first batch (step 1). Likely causes: weights "
-            "so large that activations overflow (scale them down, or use float64), or a batch that holds NaN."
+            f"{caller}: the loss must be finite, got {value.item()} at the first batch (step 1). Likely causes: "
+            "weights so large that activations overflow (scale them down, or use float64), or a batch that holds NaN."
         )
 
 

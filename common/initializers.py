@@ -18,9 +18,10 @@ place: the parameters stay the same objects, and a tied one is initialised once.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,12 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# Attention's output projection is a linear layer of its own class.
+ZERO_BIAS = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 WEIGHT_LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *RECURRENT, nn.MultiheadAttention)
 
-Distribution = Literal["normal", "uniform"]
-Rule = Callable[[Tensor], Any]
-"""Fills one contiguous matrix (out, in, *taps) in place."""
+Rule = Callable[[Tensor, nn.Module], Any]
+"""Fills one contiguous matrix (out, in, *taps) of a layer in place."""
 
 
 class Weight(NamedTuple):
@@ -65,6 +67,15 @@ class Weight(NamedTuple):
     name: str
     tensor: Tensor
     layer: nn.Module
+
+
+@runtime_checkable
+class ResidualBlock(Protocol):
+    """A module with a residual branch, as `fixup_` needs to know it."""
+
+    def branch_layers(self) -> list[nn.Module]:
+        """The weight layers of the branch, in the order of the forward pass."""
+        ...
 
 
 # --- Walking over a model ---------------------------------------------------------------------------------------------
@@ -82,8 +93,9 @@ def weight_layers(model: nn.Module, *, caller: str = "weight_layers") -> list[We
             continue
         own = dict(layer.named_parameters(path, recurse=False))
         matrices = {name: p for name, p in own.items() if "weight" in name.rpartition(".")[2]}
-        ordinary = bool(matrices) and not any(nn.parameter.is_lazy(p) or p.ndim < 2 for p in matrices.values())
-        if not ordinary or hasattr(layer, "parametrizations"):
+        lazy = any(nn.parameter.is_lazy(p) for p in matrices.values())
+        computed = hasattr(layer, "parametrizations") or any(name.endswith(("_g", "_v", "_orig")) for name in matrices)
+        if lazy or computed:
             raise ValueError(
                 f"{caller}: every weight must be an ordinary parameter, got a lazy or parametrised one in "
                 f"{path or type(model).__name__!r}. Run one forward pass, or remove the parametrisation, first."
@@ -114,8 +126,9 @@ def _matrices(weight: Weight) -> tuple[Tensor, ...]:
     return (tensor,)
 
 
-def _padding_row(layer: nn.Module) -> int | None:
-    return layer.padding_idx if isinstance(layer, EMBEDDINGS) else None
+def _clear_padding(W: Tensor, layer: nn.Module) -> None:
+    if isinstance(layer, EMBEDDINGS) and layer.padding_idx is not None:
+        W[layer.padding_idx] = 0.0
 
 
 def _shifts_and_gains(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
@@ -138,21 +151,22 @@ def _fans(W: Tensor) -> tuple[int, int]:
 def _fill_(
     caller: str,
     model: nn.Module,
-    rule: Callable[[Weight], Rule],
+    rule: Rule,
     *,
     generator: torch.Generator,
     embedding_rule: Rule | None = None,
 ) -> None:
-    """`rule(weight)` on every matrix of every weight layer, `embedding_rule` on embeddings, zeros and ones elsewhere."""
+    """`rule` on every matrix of every weight layer, `embedding_rule` on embeddings, zeros and ones elsewhere."""
     pending: list[tuple[Tensor, Tensor]] = []
     for weight in weight_layers(model, caller=caller):
-        is_embedding = isinstance(weight.layer, EMBEDDINGS)
-        fill = (embedding_rule or _normal(1.0, generator)) if is_embedding else rule(weight)
+        fill = rule
+        if isinstance(weight.layer, EMBEDDINGS):
+            fill = embedding_rule or _normal(1.0, generator)
         for matrix in _matrices(weight):
+            # Contiguous, whatever the view, and where the generator is.
             new = torch.empty(matrix.shape, dtype=matrix.dtype, device=generator.device)
-            fill(new)
-            if is_embedding and (row := _padding_row(weight.layer)) is not None:
-                new[row] = 0.0
+            fill(new, weight.layer)
+            _clear_padding(new, weight.layer)
             pending.append((matrix, new))
     for matrix, new in pending:
         matrix.copy_(new)
@@ -161,10 +175,14 @@ def _fill_(
 
 
 def _normal(std: float, generator: torch.Generator) -> Rule:
-    return lambda W: nn.init.normal_(W, std=std, generator=generator)
+    return lambda W, _: nn.init.normal_(W, std=std, generator=generator)
 
 
-def _check_positive(caller: str, **values: float) -> None:
+def _orthogonal(gain: float, generator: torch.Generator) -> Rule:
+    return lambda W, _: nn.init.orthogonal_(W, gain=gain, generator=generator)
+
+
+def _check_positive(caller: str, **values: float | int) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{caller}: `{name}` must be positive and finite, got {value}.")
@@ -179,9 +197,7 @@ def _check_choice(caller: str, choices: tuple[str, ...], **values: str) -> None:
 # --- Variance rules ---------------------------------------------------------------------------------------------------
 
 
-def xavier_(
-    model: nn.Module, *, generator: torch.Generator, gain: float = 1.0, distribution: Distribution = "normal"
-) -> None:
+def xavier_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0, distribution: str = "normal") -> None:
     r"""W ~ N(0, γ²·2/(fan_in + fan_out)), or U(±γ√(6/(fan_in + fan_out))), with γ = `gain`.
 
     Between what keeps the variance of activations and what keeps that of gradients, for φ linear at 0.
@@ -191,16 +207,16 @@ def xavier_(
     _check_positive("xavier_", gain=gain)
     _check_choice("xavier_", ("normal", "uniform"), distribution=distribution)
     draw = nn.init.xavier_normal_ if distribution == "normal" else nn.init.xavier_uniform_
-    _fill_("xavier_", model, lambda _: lambda W: draw(W, gain=gain, generator=generator), generator=generator)
+    _fill_("xavier_", model, lambda W, _: draw(W, gain=gain, generator=generator), generator=generator)
 
 
 def kaiming_(
     model: nn.Module,
     *,
     generator: torch.Generator,
-    mode: Literal["fan_in", "fan_out"] = "fan_in",
+    mode: str = "fan_in",
     nonlinearity: str = "relu",
-    distribution: Distribution = "normal",
+    distribution: str = "normal",
 ) -> None:
     r"""W ~ N(0, γ²/fan), or U(±γ√(3/fan)), with γ = `gain_of(nonlinearity)` and the fan that `mode` names.
 
@@ -213,7 +229,7 @@ def kaiming_(
     _check_choice("kaiming_", ("normal", "uniform"), distribution=distribution)
     gamma = gain_of(nonlinearity)
 
-    def draw(W: Tensor) -> None:
+    def draw(W: Tensor, _: nn.Module) -> None:
         fan_in, fan_out = _fans(W)
         std = gamma / math.sqrt(fan_in if mode == "fan_in" else fan_out)
         if distribution == "normal":
@@ -221,7 +237,7 @@ def kaiming_(
         else:
             nn.init.uniform_(W, -math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
 
-    _fill_("kaiming_", model, lambda _: draw, generator=generator)
+    _fill_("kaiming_", model, draw, generator=generator)
 
 
 @torch.no_grad()
@@ -230,40 +246,38 @@ def torch_default_(model: nn.Module, *, generator: torch.Generator) -> None:
 
     Convolutions and linear layers: Kaiming uniform with a = √5, which is W ~ U(±1/√fan_in), a standard deviation of
     1/√(3 fan_in) or √6 less than He's; biases U(±1/√fan_in), not 0. Recurrent layers: everything U(±1/√hidden).
-    Attention's input projections: Xavier uniform on the stacked matrix, biases 0. Embeddings: N(0, 1).
+    Attention's input projections: Xavier uniform on the stacked matrix; its biases 0. Embeddings: N(0, 1).
     As in torch, the fan-in of a transposed convolution is counted against its forward pass.
 
     The draws come in the order of torch's constructors: weights and biases of convolutions and linear layers are bit
     by bit those of a sequential model built after `torch.manual_seed`, given a generator of the same seed.
     """
-    pending: list[tuple[Tensor, Tensor]] = []
-    for _, tensor, layer in weight_layers(model, caller="torch_default_"):
-        new = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
-        if isinstance(layer, EMBEDDINGS):
-            nn.init.normal_(new, generator=generator)
-            if (row := _padding_row(layer)) is not None:
-                new[row] = 0.0
-        elif isinstance(layer, nn.MultiheadAttention):
-            nn.init.xavier_uniform_(new, generator=generator)
-        elif isinstance(layer, RECURRENT):
-            bound = 1 / math.sqrt(int(layer.hidden_size))
-            nn.init.uniform_(new, -bound, bound, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(new, a=math.sqrt(5), generator=generator)
-        pending.append((tensor, new))
+    pending: dict[Tensor, Tensor] = {}
 
-        biases = [p for name, p in layer.named_parameters(recurse=False) if "bias" in name]
-        if isinstance(layer, nn.MultiheadAttention):
-            continue  # zero, as every other vector below
-        fan_in = int(layer.hidden_size) if isinstance(layer, RECURRENT) else _fans(tensor)[0]
-        written = {id(old) for old, _ in pending}
-        for bias in biases:
-            if id(bias) not in written:
-                new = torch.empty(bias.shape, dtype=bias.dtype, device=generator.device)
-                pending.append((bias, nn.init.uniform_(new, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator)))
+    def draw(old: Tensor, fill: Callable[[Tensor], Any]) -> None:
+        if old not in pending:
+            pending[old] = torch.empty(old.shape, dtype=old.dtype, device=generator.device)
+            fill(pending[old])
+
+    for _, W, layer in weight_layers(model, caller="torch_default_"):
+        bound = 1 / math.sqrt(int(layer.hidden_size) if isinstance(layer, RECURRENT) else _fans(W)[0])
+        uniform = partial(nn.init.uniform_, a=-bound, b=bound, generator=generator)
+        if isinstance(layer, EMBEDDINGS):
+            draw(W, partial(nn.init.normal_, generator=generator))
+            _clear_padding(pending[W], layer)
+        elif isinstance(layer, nn.MultiheadAttention):
+            draw(W, partial(nn.init.xavier_uniform_, generator=generator))
+        elif isinstance(layer, RECURRENT):
+            draw(W, uniform)
+        else:
+            draw(W, partial(nn.init.kaiming_uniform_, a=math.sqrt(5), generator=generator))
+        if not isinstance(layer, ZERO_BIAS):
+            for name, bias in layer.named_parameters(recurse=False):
+                if "bias" in name:
+                    draw(bias, uniform)
     for vector, value in _shifts_and_gains(model):
         vector.fill_(value)
-    for old, new in pending:
+    for old, new in pending.items():
         old.copy_(new)
 
 
@@ -279,11 +293,7 @@ def orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: float = 1
     Reference: Saxe, McClelland and Ganguli, ICLR 2014.
     """
     _check_positive("orthogonal_", gain=gain)
-    _fill_("orthogonal_", model, lambda _: _orthogonal(gain, generator), generator=generator)
-
-
-def _orthogonal(gain: float, generator: torch.Generator) -> Rule:
-    return lambda W: nn.init.orthogonal_(W, gain=gain, generator=generator)
+    _fill_("orthogonal_", model, _orthogonal(gain, generator), generator=generator)
 
 
 def delta_orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0) -> None:
@@ -297,12 +307,12 @@ def delta_orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: flo
     """
     _check_positive("delta_orthogonal_", gain=gain)
 
-    def draw(W: Tensor) -> None:
+    def draw(W: Tensor, _: nn.Module) -> None:
         Q = nn.init.orthogonal_(W.new_empty(W.shape[:2]), gain=gain, generator=generator)
         W.zero_()
         W[(..., *(size // 2 for size in W.shape[2:]))] = Q
 
-    _fill_("delta_orthogonal_", model, lambda _: draw, generator=generator)
+    _fill_("delta_orthogonal_", model, draw, generator=generator)
 
 
 # --- LSUV -------------------------------------------------------------------------------------------------------------
@@ -337,24 +347,24 @@ def lsuv_(
     Reference: Mishkin and Matas, ICLR 2016.
     """
     _check_positive("lsuv_", tolerance=tolerance, max_tries=max_tries)
-    layers = {
-        layer: weight.name
+    layers: dict[nn.Module, Weight] = {
+        weight.layer: weight
         for weight in weight_layers(model, caller="lsuv_")
-        if isinstance(layer := weight.layer, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
+        if isinstance(weight.layer, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
     }
     with _undone(model):
-        _fill_("lsuv_", model, lambda _: _orthogonal(1.0, generator), generator=generator)
-        for layer in _order_of_calls(model, layers, lambda: forward(model, batch)):
+        _fill_("lsuv_", model, _orthogonal(1.0, generator), generator=generator)
+        for layer in _order_of_calls(layers, lambda: forward(model, batch)):
             for _ in range(max_tries):
                 std = _output_std(layer, lambda: forward(model, batch))
                 if not (math.isfinite(std) and std > 0):
                     raise ValueError(
                         f"lsuv_: every layer's output must vary over the batch, got a standard deviation of {std} at "
-                        f"{layers[layer]!r}. Are its inputs dead, or the batch a constant?"
+                        f"{layers[layer].name!r}. Are its inputs dead, or the batch a constant?"
                     )
                 if abs(std - 1) <= tolerance:
                     break
-                layer.weight.div_(std)
+                layers[layer].tensor.div_(std)
 
 
 @contextmanager
@@ -380,9 +390,13 @@ def _undone(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _order_of_calls(model: nn.Module, layers: dict[nn.Module, str], run: Callable[[], Any]) -> list[nn.Module]:
+def _order_of_calls(layers: Iterable[nn.Module], run: Callable[[], Any]) -> list[nn.Module]:
     called: dict[nn.Module, None] = {}
-    hooks = [layer.register_forward_hook(lambda layer, *_: called.setdefault(layer)) for layer in layers]
+
+    def record(layer: nn.Module, inputs: Any, output: Any) -> None:
+        called.setdefault(layer)
+
+    hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
         run()
     finally:
@@ -392,13 +406,17 @@ def _order_of_calls(model: nn.Module, layers: dict[nn.Module, str], run: Callabl
 
 
 def _output_std(layer: nn.Module, run: Callable[[], Any]) -> float:
-    outputs: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    stds: list[float] = []
+
+    def record(layer: nn.Module, inputs: Any, output: Any) -> None:
+        stds.append(output.var(correction=0).sqrt().item())
+
+    hook = layer.register_forward_hook(record)
     try:
         run()
     finally:
         hook.remove()
-    return outputs[0].var(correction=0).sqrt().item()
+    return stds[0]
 
 
 # --- Residual networks without normalisation --------------------------------------------------------------------------
@@ -422,7 +440,7 @@ def fixup_(model: nn.Module, *, generator: torch.Generator, nonlinearity: str = 
 
     Reference: Zhang, Dauphin and Ma, ICLR 2019.
     """
-    branches = [list(module.branch_layers()) for module in model.modules() if hasattr(module, "branch_layers")]  # pyright: ignore[reportCallIssue]
+    branches = [block.branch_layers() for block in model.modules() if isinstance(block, ResidualBlock)]
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not branches or not linear:
         raise ValueError(
@@ -436,11 +454,9 @@ def fixup_(model: nn.Module, *, generator: torch.Generator, nonlinearity: str = 
     zero = {linear[-1], *(layers[-1] for layers in branches)}
     factor = {layer: L ** (-1 / (2 * len(layers) - 2)) for layers in branches for layer in layers[:-1]}
 
-    def rule(weight: Weight) -> Rule:
-        if weight.layer in zero:
-            return nn.init.zeros_
-        scale = gamma * factor.get(weight.layer, 1.0)
-        return lambda W: nn.init.normal_(W, std=scale / math.sqrt(_fans(W)[1]), generator=generator)
+    def rule(W: Tensor, layer: nn.Module) -> None:
+        std = 0.0 if layer in zero else gamma * factor.get(layer, 1.0) / math.sqrt(_fans(W)[1])
+        nn.init.normal_(W, std=std, generator=generator)
 
     _fill_("fixup_", model, rule, generator=generator)
     with torch.no_grad():
@@ -517,17 +533,17 @@ def normal_(model: nn.Module, std: float = 0.1, *, generator: torch.Generator) -
     r"""W ~ N(0, `std`²) in every layer, embeddings too, whatever its fan: the bad start MetaInit corrects."""
     _check_positive("normal_", std=std)
     rule = _normal(std, generator)
-    _fill_("normal_", model, lambda _: rule, generator=generator, embedding_rule=rule)
+    _fill_("normal_", model, rule, generator=generator, embedding_rule=rule)
 
 
 def uniform_(model: nn.Module, bound: float = 0.1, *, generator: torch.Generator) -> None:
     r"""W ~ U(±`bound`) in every layer, embeddings too, whatever its fan; the standard deviation is bound/√3."""
     _check_positive("uniform_", bound=bound)
 
-    def rule(W: Tensor) -> None:
+    def rule(W: Tensor, _: nn.Module) -> None:
         nn.init.uniform_(W, -bound, bound, generator=generator)
 
-    _fill_("uniform_", model, lambda _: rule, generator=generator, embedding_rule=rule)
+    _fill_("uniform_", model, rule, generator=generator, embedding_rule=rule)
 
 
 @torch.no_grad()

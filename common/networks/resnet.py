@@ -1,11 +1,8 @@
 """The residual networks of CIFAR (depth 6n + 2), with what replaces their normalisation: SkipInit and Fixup."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common.networks.layers import GlobalAveragePool, he_convolutions_, make_activation, make_norm
 
@@ -55,7 +52,7 @@ class BasicBlock(nn.Module):
         if self.stride == 1:
             return x
         x = self.shortcut_norm(x[:, :, :: self.stride, :: self.stride])
-        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.new_channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         return self.activation2(self.branch(x) + self.shortcut(x) if self.skip else self.branch(x))
@@ -128,7 +125,7 @@ class ResNet(nn.Module):
         activation: str = "relu",
         batch_norm: bool = False,
         skip: bool = True,
-        branch: Literal["plain", "skipinit", "fixup"] = "plain",
+        branch: str = "plain",
         in_channels: int = 3,
         num_classes: int = 10,
     ) -> None:

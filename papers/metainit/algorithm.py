@@ -22,12 +22,13 @@ from common.functional import (
     check_devices,
     check_first_batch,
     classification_loss,
+    full_precision,
     load_parameters_,
     parameters_of,
     pure_loss,
     uses_batch_statistics,
 )
-from common.tree import tree_dots, tree_map, tree_norms
+from common.tree import tree_dots, tree_norms
 from common.types import Batch, InitResult, Params, UserLoss
 from papers.metainit.objective import Form, meta_gradient
 
@@ -41,6 +42,7 @@ def noise_batches(
     *,
     generator: torch.Generator,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Batch]:
     """Endless batches x ~ N(0, 1), y ~ Uniform{0 … C − 1}, independent: Figure 2 sees no real data.
 
@@ -50,23 +52,23 @@ def noise_batches(
         batch_size: Examples a batch.
         generator: The only source of randomness; draws are made on its device.
         device: Where the batches go; the generator's device by default.
+        dtype: Of x; torch's default dtype by default.
 
     Yields:
-        `(x, y)`: x of shape (batch, *input_shape) in the default dtype, y int64 of shape (batch,).
+        `(x, y)`: x of shape (batch, *input_shape) y int64 of shape (batch,).
 
     Raises:
         ValueError: `num_classes` or `batch_size` below 1.
     """
     if num_classes < 1 or batch_size < 1:
         raise ValueError(
-            "noise_batches: `num_classes` and `batch_size` must be at least 1, got "
-            f"{num_classes} and {batch_size}."
+            f"noise_batches: `num_classes` and `batch_size` must be at least 1, got {num_classes} and {batch_size}."
         )
     device = generator.device if device is None else device
 
     def draw() -> Iterator[Batch]:
         while True:
-            x = torch.randn(batch_size, *input_shape, generator=generator, device=generator.device)
+            x = torch.randn(batch_size, *input_shape, generator=generator, device=generator.device, dtype=dtype)
             y = torch.randint(num_classes, (batch_size,), generator=generator, device=generator.device)
             yield x.to(device), y.to(device)
 
@@ -187,7 +189,7 @@ def metainit(
 
     Returns:
         `scales` (new norm over old), `history` (a dictionary a step: `step`, `gradient_quotient`,
-        `live_gradient_quotient`, `dead_fraction`, `gradient_norm`, `lr`, `sign_flips`, `guarded`; the values are those
+        `live_gradient_quotient`, `dead_fraction`, `gradient_norm`, `sign_flips`, `lr`; the objective's values are those
         *before* the step's update) and `skipped`.
 
     Raises:
@@ -228,23 +230,22 @@ def metainit(
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     theta0 = {name: leaf for name, leaf in parameters_of(model).items() if name in trainable}
     n0 = tree_norms(theta0, tuned)
-    alpha, m = torch.ones_like(n0), torch.zeros_like(n0)  # θ_l = α_l θ0_l: no rounding drift of directions
+    nu, m = n0.clone(), torch.zeros_like(n0)  # ν_l = ±n_l, negative once a norm has crossed zero (Figure 2 lets it)
     history: list[dict[str, float]] = []
 
-    with Progress(transient=True) if progress else nullcontext() as bar:
+    with full_precision(n0.device), Progress(transient=True) if progress else nullcontext() as bar:
         task = bar.add_task("MetaInit", total=steps) if bar is not None else None
         for t in range(1, steps + 1):
             batch = next(stream)
             check_devices(model, batch, "metainit")
-            theta = _rescaled(theta0, tuned, alpha)
+            theta = _rescaled(theta0, tuned, nu / n0)
             G, metrics = meta_gradient(
                 loss, theta, batch, tuned=tuned, epsilon=epsilon, form=form, eta=eta, micro_batch_size=micro_batch_size
             )
-            n = n0 * alpha.abs()
-            slopes = tree_dots(theta, G, tuned) / n  # ∂GQ/∂n_l = ⟨θ_l, G_l⟩ / n_l
+            slopes = tree_dots(theta, G, tuned)  # n_l ∂GQ/∂n_l = ⟨θ_l, G_l⟩: only its sign is used
             lr_t = lr * (1 - (t - 1) / steps) if linear_decay else lr
-            n_new, m = sign_momentum_step(
-                n,
+            n, m = sign_momentum_step(
+                nu.abs(),
                 m,
                 slopes.sign(),
                 lr=lr_t,
@@ -252,15 +253,16 @@ def metainit(
                 update=update,
                 minimum_ratio=None if allow_sign_flip else minimum_ratio,
             )
-            metrics |= {"sign_flips": (n_new < 0).sum(), "guarded": (n_new > n + m).sum() if update == "linear" else 0 * n.sum()}
-            entry = _to_host(t, metrics, slopes, tuned)  # the step's one device synchronisation
-            history.append(entry | {"lr": lr_t})
-            alpha = alpha * n_new / n
+            nu = torch.where(nu < 0, -n, n)
+            metrics["sign_flips"] = (n < 0).sum()
+            history.append(_to_host(t, metrics, slopes, tuned) | {"lr": lr_t})  # the step's one synchronisation
             if on_step is not None:
                 on_step(history[-1])
             if bar is not None and task is not None:
-                bar.update(task, advance=1, description=f"MetaInit  GQ {entry['gradient_quotient']:.3g}")
+                quotient = history[-1]["gradient_quotient"]
+                bar.update(task, advance=1, description=f"MetaInit  GQ {quotient:.3g}")
 
+    alpha = nu / n0
     final = _rescaled(theta0, tuned, alpha)
     load_parameters_(model, {name: final[name] for name in tuned})
     return InitResult(dict(zip(tuned, alpha.abs().tolist(), strict=True)), history, skipped)
@@ -288,7 +290,7 @@ def _to_host(step: int, metrics: dict[str, Tensor], slopes: Tensor, tuned: list[
             f"{' and others' if len(broken) > 3 else ''}. Likely cause: third derivatives that overflow in "
             "this precision (start from smaller weights, or use float64). The model is unchanged."
         )
-    return {"step": step} | entry
+    return {"step": float(step)} | entry
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -321,13 +323,13 @@ def _default_noise(
             f"default, got input_shape={input_shape}. Pass one of the two."
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    device = next(model.parameters()).device
+    device, dtype = next((p.device, p.dtype) for p in model.parameters())
     if num_classes is None:
-        probe = torch.zeros(2, *input_shape, device=device)
+        probe = torch.zeros(2, *input_shape, device=device, dtype=dtype)
         with torch.no_grad():
             logits = pure_loss(model, lambda model, x: model(x), batch_norm=batch_norm)({}, probe)
         num_classes = logits.shape[1]
-    return noise_batches(input_shape, num_classes, batch_size, generator=generator, device=device)
+    return noise_batches(input_shape, num_classes, batch_size, generator=generator, device=device, dtype=dtype)
 
 
 def _check_options(
@@ -342,8 +344,10 @@ def _check_options(
     micro_batch_size: int | None,
     batch_size: int,
 ) -> None:
-    for name, value in {"steps": steps, "micro_batch_size": micro_batch_size or 1, "batch_size": batch_size}.items():
-        if value < 1 or value != int(value):
+    counts = {"steps": steps, "batch_size": batch_size}
+    counts |= {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
             raise ValueError(f"metainit: `{name}` must be a positive whole number, got {value}.")
     for name, value in {"lr": lr, "epsilon": epsilon, "eta": eta}.items():
         if not (value > 0 and math.isfinite(value)):

@@ -62,9 +62,9 @@ def gradient_quotient(
 ) -> Float[Tensor, ""]:
     r"""GQ(L, θ) = 1/N · ‖ (g − c) / (g + ε s) − 1 ‖₁   Eq. (1), with c as in `gradient_and_change`.
 
-    `"taylor"` is the form of Figure 2, third order when differentiated. `"step"` is the family GQ_η: η = 1 is the paper's
-    definition, η → 0 the Taylor form; it is second order when differentiated and costs two thirds, but overflows
-    where gradients explode.
+    `"taylor"` is the form of Figure 2, third order when differentiated. `"step"` is the family GQ_η: η = 1 is the
+    paper's definition, η → 0 the Taylor form; it is second order when differentiated and costs two thirds, but
+    overflows where gradients explode.
 
     Args:
         loss: L, pure.

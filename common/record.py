@@ -1,0 +1,204 @@
+"""One folder a run: what was asked, what came out, and on what.
+
+    config.json        the configuration, written first
+    environment.json   versions, commit, device, data identity
+    metrics.jsonl      one line a finished unit of work; a line is whole or it is not there
+    summary.json       written last: a folder without it is not a complete run
+
+A run that was cut off is opened again with the same configuration and goes on after its last whole line.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+_PACKAGES = ("torch", "torchvision", "numpy", "datasets", "safetensors")
+_PROBE_BYTES = 1 << 20
+
+
+class Run:
+    """A run folder. Make one with `open_run`."""
+
+    def __init__(self, folder: Path, records: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.records = records
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    def find(self, **keys: Any) -> dict[str, Any] | None:
+        """The finished record that carries all of `keys`, if there is one."""
+        return next((r for r in self.records if all(r.get(key) == value for key, value in keys.items())), None)
+
+    def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Add one finished unit of work: on disk before this returns."""
+        line = json.dumps(_plain(record))
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(json.loads(line))  # as a resumed run would read it
+        return self.records[-1]
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        partial = self.folder / f"{name}.partial"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, dict(metadata))
+        partial.replace(self.folder / f"{name}.safetensors")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`: from here on the run reads as complete."""
+        _write_json(self.folder / "summary.json", summary)
+
+
+def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: Path | None = None) -> Run:
+    """Make the folder of a new run, or reopen the folder of one that was cut off.
+
+    Args:
+        experiment: Names the parent folder: `runs/<experiment>/<time>-<seed>/`.
+        config: Everything the numbers depend on.
+        seed: Stands in the folder's name.
+        output: The folder itself, instead of a new one under `runs/`. If it holds a run with the same configuration,
+            that run is resumed.
+
+    Raises:
+        ValueError: The folder holds a run with another configuration, or something that is no run.
+        OSError: The folder cannot be written, or the disk is full; noticed before anything is computed.
+    """
+    folder = output or Path("runs") / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
+    _check_writable(folder)
+    wanted = _plain(config)
+    path = folder / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        if found != wanted:
+            differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            raise ValueError(
+                f"open_run: {folder} must hold a run with the same configuration to be resumed, got other values of "
+                f"{', '.join(differing)}. Give another folder, or repeat the options of the run that is there."
+            )
+        return Run(folder, _whole_lines(folder / "metrics.jsonl"))
+    if any(folder.iterdir()):
+        raise ValueError(
+            f"open_run: {folder} must be empty or hold a run to be resumed, got other files. Give another folder."
+        )
+    _write_json(path, wanted)
+    return Run(folder, [])
+
+
+def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -> None:
+    """`environment.json`: enough to know what a number was measured on.
+
+    Raises:
+        ValueError: The run is resumed on other data than it was begun with.
+    """
+    path = run.folder / "environment.json"
+    if path.exists():
+        begun = json.loads(path.read_text("utf-8"))["data"]
+        if begun != _plain(data):
+            raise ValueError(
+                f"write_environment: a run must be resumed on the data it was begun with, {begun.get('identity')}, "
+                f"got {data.get('identity')}. Name the same data, or give another folder."
+            )
+        return
+    _write_json(
+        path,
+        {
+            "data": data,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "commit": _commit(),
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        },
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What a number was measured on, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            file.write(b"\0" * _PROBE_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"open_run: the output folder must be writable, got: {error.strerror}. Give another folder",
+            str(folder),
+        ) from error
+    finally:
+        if probe.exists():
+            probe.unlink()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records on disk. A line cut off in the middle is taken off the file, so that the next append is whole."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Written beside and renamed: whole or absent."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_plain(value), indent=2) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types; a number that is not finite becomes null, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a plus where it was edited; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

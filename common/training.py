@@ -1,0 +1,165 @@
+"""The ordinary training loop every comparison uses.
+
+SGD with momentum, cosine decay, optional warm-up, one evaluation an epoch, resumable at every epoch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.types import Batch, UserLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a network is trained. The defaults are those of this project's comparisons."""
+
+    epochs: int
+    """Passes over the training set."""
+    learning_rate: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Heavy-ball momentum, not Nesterov."""
+    weight_decay: float = 1e-4
+    """Coupled L2 penalty, on every parameter."""
+    warmup: float = 0.0
+    """Share of all iterations over which the learning rate rises linearly from zero."""
+    clip_norm: float | None = None
+    """Bound on the gradient's global norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of forward and backward (autocast); parameters stay float32."""
+    channels_last: bool = False
+    """Memory layout of convolutions."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run gave.
+
+    Attributes:
+        history: One dictionary an epoch: `epoch`, `train_loss`, `seconds` (training alone) and what was evaluated.
+        diverged: A loss was not finite; the epochs that were left did not run.
+    """
+
+    history: list[dict[str, float]]
+    diverged: bool
+
+    @property
+    def seconds(self) -> float:
+        return sum(epoch["seconds"] for epoch in self.history)
+
+
+def learning_rate_at(step: int, total: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then a cosine to zero, by iteration: lr · min(1, (t+1)/W) · ½ (1 + cos π p)."""
+    warm = round(config.warmup * total)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def train(
+    model: nn.Module,
+    loss_fn: UserLoss,
+    train_batches: Callable[[int], Iterable[Batch]],
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    *,
+    steps_per_epoch: int,
+    config: TrainingConfig,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> TrainingResult:
+    """Train `model` in place.
+
+    Args:
+        model: Any module.
+        loss_fn: `loss_fn(model, batch)`, mean over examples.
+        train_batches: `train_batches(epoch)` gives that epoch's batches on the model's device. It must depend on the
+            epoch's number alone, so that a resumed run sees what an uninterrupted one would.
+        evaluate: Numbers to record after each epoch; `classification_metrics` for one.
+        steps_per_epoch: How many batches `train_batches` gives; it fixes the schedule.
+        config: The recipe.
+        checkpoint: Where to keep the state after each epoch; if the file is there, training goes on from it.
+        on_epoch: Called after each epoch with its entry of the history.
+
+    Returns:
+        The history, and whether the run diverged (a result, not an error).
+    """
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    history = _resume(checkpoint, model, optimizer)
+    total = config.epochs * steps_per_epoch
+    device = next(model.parameters()).device
+    for epoch in range(len(history), config.epochs):
+        start = time.perf_counter()
+        model.train()
+        # Losses stay on the device: one synchronisation an epoch.
+        losses: list[Tensor] = []
+        for step, batch in enumerate(train_batches(epoch), epoch * steps_per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, total, config)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                loss = loss_fn(model, batch)
+            loss.backward()
+            if config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+        train_loss = torch.stack(losses).double().mean().item()
+        training_seconds = time.perf_counter() - start
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            metrics = evaluate(model)
+        history.append({"epoch": epoch + 1, "train_loss": train_loss, **metrics, "seconds": training_seconds})
+        if on_epoch is not None:
+            on_epoch(history[-1])
+        if not math.isfinite(train_loss):
+            break
+        if checkpoint is not None and epoch + 1 < config.epochs:
+            _save(checkpoint, model, optimizer, history)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return TrainingResult(history, diverged=not math.isfinite(history[-1]["train_loss"]))
+
+
+@torch.no_grad()
+def classification_metrics(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """`test_loss` (cross-entropy, nats) and `test_accuracy` (share) over all examples, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    loss, correct, count = [], [], 0
+    for x, y in batches:
+        logits = model(x).float()
+        loss.append(nn.functional.cross_entropy(logits, y, reduction="sum"))
+        correct.append((logits.argmax(1) == y).sum())
+        count += len(y)
+    model.train(was_training)
+    return {
+        "test_loss": torch.stack(loss).double().sum().item() / count,
+        "test_accuracy": torch.stack(correct).sum().item() / count,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- between epochs
+def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]) -> None:
+    """Written beside and renamed, so that a checkpoint is whole or absent."""
+    partial = path.with_suffix(".partial")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}, partial)
+    partial.replace(path)
+
+
+def _resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+    if path is None or not path.exists():
+        return []
+    state = torch.load(path, weights_only=True)  # tensors and plain numbers only: no pickled code is run
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"]

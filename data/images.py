@@ -1,0 +1,142 @@
+"""Labelled images by name: the published sets, and two that need no network."""
+
+import os
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.parquet import read_split
+from data.sources import HUB_SETS, VARIABLE, HubSet, SourceUnavailableError, locate
+from data.splits import ImageData, ImageSplit, channel_statistics
+
+ImageName = Literal["auto", "cifar10", "cifar100", "digits", "noise"]
+
+
+def load_images(
+    name: ImageName | str = "auto", *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0
+) -> ImageData:
+    """An image set, in memory as uint8.
+
+    A published set is taken from the folder `data_dir` (or else the environment variable LEARNED_INIT_DATA), or else
+    from the local Hugging Face cache, or else from the hub. A folder that is given must hold the set.
+
+    Args:
+        name: "cifar10" or "cifar100", which never fall back to anything else; "digits", scikit-learn's own, enlarged;
+            "noise", Gaussian images whose labels mean nothing; "auto", CIFAR-10 or, where it cannot be had, the digits.
+        data_dir: A folder with `cifar10/train-*.parquet` and `cifar10/test-*.parquet` in the hub's schema, or that
+            inner folder itself. Not used by "digits" and "noise".
+        seed: Draws the noise. Not used by the other sets.
+
+    Raises:
+        FileNotFoundError: If a named set cannot be had, or a folder that is given does not hold it.
+        ValueError: If the name is unknown, or a file is damaged or holds something else.
+    """
+    if name == "digits":
+        return _digits()
+    if name == "noise":
+        return _noise(seed)
+    if name != "auto" and name not in HUB_SETS:
+        raise ValueError(f"load_images: `name` must be one of {', '.join(get_args(ImageName))}, got {name!r}.")
+    wanted = HUB_SETS["cifar10" if name == "auto" else name]
+    try:
+        located = locate(wanted, data_dir)
+    except SourceUnavailableError as error:
+        if name == "auto":
+            return _digits(instead_of=wanted.title, because=str(error))
+        raise FileNotFoundError(
+            f"load_images: '{name}' must be in a folder, in the Hugging Face cache or on the hub, got none of them. "
+            f"Tried: {error}. Pass a folder that holds {name}/train-*.parquet and {name}/test-*.parquet as `data_dir` "
+            f"or {VARIABLE}, connect to the network, or take 'digits' or 'auto'."
+        ) from error
+    columns = {"image_column": wanted.image_column, "label_column": wanted.label_column}
+    train = read_split(located.train, num_classes=wanted.num_classes, **columns)
+    test = read_split(located.test, num_classes=wanted.num_classes, **columns)
+    if train.split.images.shape[1:] != test.split.images.shape[1:]:
+        raise ValueError(
+            "load_images: training and test images must have one size, got "
+            f"{tuple(train.split.images.shape[1:])} and {tuple(test.split.images.shape[1:])} from {located.origin}."
+        )
+    mean, std = channel_statistics(train.split.images)
+    return ImageData(
+        name=wanted.name,
+        train=train.split,
+        test=test.split,
+        class_names=train.class_names or tuple(str(label) for label in range(wanted.num_classes)),
+        mean=mean,
+        std=std,
+        identity=_identity(wanted, located.origin, train.encodings | test.encodings, len(train.split), len(test.split)),
+        source=located.origin,
+    )
+
+
+def _identity(wanted: HubSet, origin: str, encodings: frozenset[str], train: int, test: int) -> str:
+    # both sets were published as raw pixels, so a JPEG of them has lost something
+    encoding = {
+        frozenset({"JPEG"}): "JPEG re-encoded: lossy",
+        frozenset({"PNG"}): "PNG: lossless",
+    }.get(encodings, "JPEG and PNG: partly lossy")
+
+    def count(rows: int, all_rows: int) -> str:
+        return f"{rows:,}" if rows == all_rows else f"{rows:,} (of {all_rows:,})"
+
+    rows = f"{count(train, wanted.train_rows)} train + {count(test, wanted.test_rows)} test images"
+    return f"{wanted.title} from {origin} ({encoding}), {rows}"
+
+
+def _digits(*, instead_of: str = "", because: str = "") -> ImageData:
+    # imported here: two seconds that only this set needs
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    grey = torch.tensor(bunch.images, dtype=torch.float32)[:, None] * (255 / 16)
+    enlarged = F.interpolate(grey, (32, 32), mode="bilinear", align_corners=False)
+    images = enlarged.round().byte().repeat(1, 3, 1, 1)
+    # every fifth example of each class is held out: fixed, stratified, and without a random number
+    by_class = labels.argsort(stable=True)
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    is_test[by_class[4::5]] = True
+    train, test = (ImageSplit(images[mask], labels[mask]) for mask in (~is_test, is_test))
+    stand_in = f", standing in for {instead_of}" if instead_of else ""
+    return _embedded(
+        "digits",
+        train,
+        test,
+        f"scikit-learn digits (embedded{stand_in}), 8×8 grey enlarged to 3×32×32",
+        "embedded in scikit-learn" + (f"; {instead_of} tried: {because}" if instead_of else ""),
+    )
+
+
+def _noise(seed: int) -> ImageData:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> ImageSplit:
+        # a quarter of the range as deviation: one pixel in 22 is clipped to black or white
+        pixels = 127.5 + 63.75 * torch.randn(n, 3, 32, 32, generator=generator, dtype=torch.float32)
+        labels: Tensor = torch.arange(n) % 10
+        return ImageSplit(pixels.round().clamp(0, 255).byte(), labels)
+
+    train, test = draw(5_000), draw(1_000)
+    return _embedded(
+        "noise",
+        train,
+        test,
+        f"Gaussian noise (generated, seed {seed}), labels independent of the images",
+        f"generated from seed {seed}",
+    )
+
+
+def _embedded(name: str, train: ImageSplit, test: ImageSplit, what: str, source: str) -> ImageData:
+    mean, std = channel_statistics(train.images)
+    return ImageData(
+        name=name,
+        train=train,
+        test=test,
+        class_names=tuple(str(label) for label in range(10)),
+        mean=mean,
+        std=std,
+        identity=f"{what}, {len(train):,} train + {len(test):,} test images",
+        source=source,
+    )

@@ -1,0 +1,51 @@
+"""What every command shares: presets, progress, and how it ends."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Config = TypeVar("Config")
+INTERRUPTED = 130  # the shell's own status for Ctrl-C
+
+
+def parse(presets: Mapping[str, Config], description: str, args: list[str] | None = None) -> Config:
+    """`--preset NAME` chooses where the other options' defaults come from; every other option overrides it."""
+    chooser = ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", default="quick")
+    chosen, _ = chooser.parse_known_args(args)
+    # An unknown preset goes on to tyro, whose message lists the ones there are.
+    default = presets.get(chosen.preset, presets["quick"])
+    return tyro.cli(type(default), default=default, args=args, description=description)
+
+
+def make_progress(*, quiet: bool) -> Progress:
+    """Work done and time left, on standard error so that the table can be piped."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+        transient=True,
+    )
+
+
+def end_well(main: Callable[[], object]) -> None:
+    """Run a command; a user's mistake ends in one sentence, not in a traceback, Ctrl-C in the shell's own status."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        main()
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command with --output and the run's folder goes on from here.")
+        sys.exit(INTERRUPTED)
+    except (ValueError, TypeError, OSError) as error:
+        console.print(f"error: {error}", markup=False, style="red")
+        sys.exit(2)

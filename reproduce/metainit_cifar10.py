@@ -1,0 +1,460 @@
+"""Does MetaInit rescue a bad start, and how does the rescued network compare with the known initialisers?
+
+Plain networks (no skip connection, no normalisation), trained from bad starts, from the same starts after MetaInit,
+and from known initialisations. Every arm is trained at each learning rate of a grid with the first seed; the best on
+held-out training images is kept, and the arms that carry the claim are repeated at it with the other seeds.
+
+    python -m reproduce.metainit_cifar10 [--preset smoke|quick|paper] [--data-dir FOLDER] [--output FOLDER]
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from common import initializers
+from common.functional import classification_loss, load_parameters_, parameters_of, pure_loss
+from common.networks import gain_of, make_network
+from common.record import Run, device_name, open_run, write_environment
+from common.training import TrainingConfig, classification_metrics, train
+from common.types import Batch
+from data import ImageData, ImageSplit, epoch_batches, evaluation_batches, load_images
+from papers.metainit import gradient_quotient, metainit, noise_batches
+from reproduce.command import end_well, make_progress, parse
+from reproduce.metainit_report import print_report, save_figure, summarise
+
+EXPERIMENT = "metainit_cifar10"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options. A preset sets them all; each can be overridden."""
+
+    preset: Literal["smoke", "quick", "paper"] = "quick"
+    """smoke: seconds. quick: minutes on two cores. paper: plain WRN-28-10 and ResNet-110, 200 epochs, for a GPU."""
+    data: Literal["auto", "cifar10", "cifar100", "digits", "noise"] = "auto"
+    """auto: CIFAR-10 from the folder, the Hugging Face cache or the hub, or else scikit-learn's embedded digits."""
+    data_dir: Path | None = None
+    """Folder that holds cifar10/train-*.parquet and test-*.parquet. Default: the variable LEARNED_INIT_DATA."""
+    output: Path | None = None
+    """Run folder; one that was cut off is resumed. Default: a new one under runs/."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    quiet: bool = False
+    """No progress on standard error."""
+
+    networks: tuple[str, ...] = ("plain-12-8",)
+    """Names of common.networks, without skips or normalisation: plain-DEPTH-WIDTH, resnet110, wrn-28-10, …"""
+    activation: str = "tanh"
+    """Any activation of torch.nn, by lower-case name."""
+    stem_stride: int = 2
+    """Stride of the first convolution of a plain-* network. Ours: halves the resolution, for two cores."""
+    train_images: int | None = None
+    """Training images, class-balanced; None: all that are not held out. Ours."""
+    validation_images: int = 500
+    """Training images held out to choose the learning rate. Ours."""
+    test_images: int | None = None
+    """Test images, class-balanced; None: all. Ours."""
+
+    steps: int = 500
+    """MetaInit: T, Figure 2."""
+    meta_learning_rate: float = 0.1
+    """MetaInit: learning rate of the norms, Figure 2 (linear update)."""
+    momentum: float = 0.9
+    """MetaInit: μ, Figure 2."""
+    update: Literal["linear", "log"] = "linear"
+    """MetaInit: linear is Figure 2; log takes relative steps (ours)."""
+    linear_decay: bool = False
+    """MetaInit: let its learning rate fall to zero (ours)."""
+    form: Literal["taylor", "step"] = "taylor"
+    """MetaInit: form of the gradient quotient; taylor is Figure 2."""
+    micro_batch_size: int | None = None
+    """MetaInit: examples held in memory at once."""
+    noise_batch_size: int = 32
+    """MetaInit: examples a noise batch; 32 is inferred from third parties for CIFAR."""
+
+    seeds: int = 3
+    """Seeds of the arms that carry the claim; the others run with the first."""
+    learning_rates: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
+    """The grid. Ours."""
+    epochs: int = 200
+    """Ours, after the SGDR recipe."""
+    batch_size: int = 128
+    """Ours, after the SGDR recipe."""
+    weight_decay: float = 5e-4
+    """Ours, after the SGDR recipe."""
+    warmup: float = 0.05
+    """Share of the iterations that the warm-up arm warms up over. Ours."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the training; initialisation is float32 always."""
+    channels_last: bool = False
+    """Memory layout of the training."""
+
+
+PRESETS = {
+    "smoke": Config(
+        preset="smoke",
+        networks=("plain-5-4",),
+        train_images=256,
+        validation_images=100,
+        test_images=100,
+        steps=4,
+        noise_batch_size=8,
+        update="log",
+        meta_learning_rate=0.05,
+        seeds=2,
+        learning_rates=(0.1,),
+        epochs=1,
+        batch_size=64,
+    ),
+    "quick": Config(
+        preset="quick",
+        train_images=3_000,
+        test_images=1_000,
+        steps=100,
+        update="log",
+        meta_learning_rate=0.03,
+        linear_decay=True,
+        learning_rates=(0.1, 0.03, 0.01),
+        epochs=5,
+        batch_size=64,
+    ),
+    "paper": Config(
+        preset="paper",
+        networks=("wrn-28-10", "resnet110"),
+        activation="relu",
+        validation_images=5_000,
+        precision="bfloat16",
+        channels_last=True,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------- the arms
+Start = Callable[[nn.Module, Config, Batch, torch.Generator], None]
+
+
+def kaiming(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
+    initializers.kaiming_(model, nonlinearity=config.activation, generator=generator)
+
+
+def quarter(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
+    kaiming(model, config, batch, generator)
+    initializers.scale_weights_(model, 0.25)
+
+
+def gaussian(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
+    initializers.normal_(model, 0.1, generator=generator)
+
+
+def one_layer(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
+    kaiming(model, config, batch, generator)
+    layers = len(initializers.weight_layers(model))
+    initializers.scale_layer_(model, int(torch.randint(layers, (), generator=generator)), 10.0)
+
+
+def orthogonal(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
+    initializers.orthogonal_(model, gain=gain_of(config.activation), generator=generator)
+
+
+def delta_orthogonal(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
+    initializers.delta_orthogonal_(model, gain=gain_of(config.activation), generator=generator)
+
+
+def lsuv(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
+    initializers.lsuv_(model, batch, generator=generator)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to begin, and what is done besides."""
+
+    name: str
+    start: Start
+    metainit: bool = False
+    batch_norm: bool = False
+    warmup: bool = False
+    carries_claim: bool = False
+
+
+ARMS = (
+    Arm("Kaiming × ¼", quarter, carries_claim=True),
+    Arm("Kaiming × ¼ + MetaInit", quarter, metainit=True, carries_claim=True),
+    Arm("Kaiming", kaiming, carries_claim=True),
+    Arm("Kaiming + MetaInit", kaiming, metainit=True, carries_claim=True),
+    Arm("N(0, 0.1²)", gaussian),
+    Arm("N(0, 0.1²) + MetaInit", gaussian, metainit=True),
+    Arm("one layer × 10", one_layer),
+    Arm("one layer × 10 + MetaInit", one_layer, metainit=True),
+    Arm("orthogonal", orthogonal),
+    Arm("delta-orthogonal", delta_orthogonal),
+    Arm("LSUV", lsuv),
+    Arm("Kaiming + BatchNorm", kaiming, batch_norm=True),
+    Arm("Kaiming + warm-up", kaiming, warmup=True),
+)
+
+
+# ---------------------------------------------------------------------------------------------- one unit of work
+@dataclass(frozen=True)
+class Splits:
+    """The images, on the training device."""
+
+    train: ImageSplit
+    validation: ImageSplit
+    test: ImageSplit
+    data: ImageData
+
+    def batches(self, split: ImageSplit, size: int = 1000) -> Iterator[Batch]:
+        return evaluation_batches(split, size, mean=self.data.mean, std=self.data.std)
+
+
+def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits) -> nn.Module:
+    """The arm's network as it starts, before MetaInit: a function of its arguments alone."""
+    options: dict[str, Any] = {"stem_stride": config.stem_stride} if network.startswith("plain") else {"skip": False}
+    model = make_network(
+        network,
+        activation=config.activation,
+        batch_norm=arm.batch_norm,
+        num_classes=splits.data.num_classes,
+        **({} if network.startswith("vgg") else options),
+    ).to(splits.train.images.device)
+    generator = torch.Generator(splits.train.images.device).manual_seed(seed)
+    arm.start(model, config, next(splits.batches(splits.train, 256)), generator)
+    return model
+
+
+def rescaled(model: nn.Module, scales: dict[str, float]) -> nn.Module:
+    """MetaInit's result, again, from its record: the same multiplication that `metainit` ends with."""
+    params = parameters_of(model)
+    load_parameters_(model, {name: params[name] * params[name].new_tensor(scale) for name, scale in scales.items()})
+    return model
+
+
+def measure_quotient(config: Config, model: nn.Module, splits: Splits, seed: int) -> float:
+    """GQ, the median over five noise batches that every arm shares; BatchNorm as it would be in training."""
+    device = splits.train.images.device
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    noise = noise_batches(
+        shape_of(splits), splits.data.num_classes, config.noise_batch_size, generator=generator, device=device
+    )
+    loss, theta = pure_loss(model), parameters_of(model)
+    return statistics.median(gradient_quotient(loss, theta, next(noise)).item() for _ in range(5))
+
+
+def shape_of(splits: Splits) -> tuple[int, ...]:
+    return tuple(splits.train.images.shape[1:])
+
+
+def norms_of(model: nn.Module) -> dict[str, float]:
+    return {name: leaf.norm().item() for name, leaf in parameters_of(model).items() if leaf.ndim >= 2}
+
+
+def run_initialisation(
+    config: Config, network: str, arm: Arm, seed: int, splits: Splits, on_step: Callable[[dict[str, float]], None]
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    model = initialise(config, network, arm, seed, splits)
+    seconds = time.perf_counter() - start
+    record = {
+        "gradient_quotient_before": measure_quotient(config, model, splits, seed),
+        "norms_before": norms_of(model),
+    }
+    if arm.metainit:
+        start = time.perf_counter()
+        result = metainit(
+            model,
+            steps=config.steps,
+            lr=config.meta_learning_rate,
+            momentum=config.momentum,
+            update=config.update,
+            linear_decay=config.linear_decay,
+            form=config.form,
+            micro_batch_size=config.micro_batch_size,
+            input_shape=shape_of(splits),
+            batch_size=config.noise_batch_size,
+            generator=torch.Generator().manual_seed(seed),
+            on_step=on_step,
+            progress=False,
+        )
+        seconds += time.perf_counter() - start
+        record |= {
+            "gradient_quotient_after": measure_quotient(config, model, splits, seed),
+            "norms_after": norms_of(model),
+            "scales": result.scales,
+            "skipped": result.skipped,
+            "history": result.history,
+        }
+    return record | {"seconds": seconds}
+
+
+def run_training(
+    config: Config,
+    model: nn.Module,
+    arm: Arm,
+    seed: int,
+    learning_rate: float,
+    splits: Splits,
+    checkpoint: Path,
+    on_epoch: Callable[[dict[str, float]], None],
+) -> dict[str, Any]:
+    recipe = TrainingConfig(
+        epochs=config.epochs,
+        learning_rate=learning_rate,
+        weight_decay=config.weight_decay,
+        warmup=config.warmup if arm.warmup else 0.0,
+        precision=config.precision,
+        channels_last=config.channels_last,
+    )
+
+    def train_batches(epoch: int) -> Iterator[Batch]:
+        # a function of seed and epoch alone: every arm of a seed sees the same images in the same order
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        return epoch_batches(
+            splits.train, config.batch_size, mean=splits.data.mean, std=splits.data.std, generator=generator
+        )
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        validation = classification_metrics(model, splits.batches(splits.validation))
+        return classification_metrics(model, splits.batches(splits.test)) | {
+            "validation_accuracy": validation["test_accuracy"]
+        }
+
+    result = train(
+        model,
+        classification_loss,
+        train_batches,
+        evaluate,
+        steps_per_epoch=len(splits.train) // config.batch_size,
+        config=recipe,
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+    )
+    return {"history": result.history, "diverged": result.diverged, "seconds": result.seconds}
+
+
+# ---------------------------------------------------------------------------------------------- the run
+def prepare(config: Config, device: torch.device) -> Splits:
+    """Load, hold out, take subsets: the same images for every arm and seed."""
+    data = load_images(config.data, data_dir=config.data_dir)
+    generator = torch.Generator().manual_seed(0)
+    available = len(data.train) - config.validation_images
+    wanted = available if config.train_images is None else min(config.train_images, available)
+    test = None if config.test_images is None else min(config.test_images, len(data.test))
+    whole = wanted == available
+    data = data.subset(train=None if whole else wanted + config.validation_images, test=test, generator=generator)
+    order = torch.randperm(len(data.train), generator=generator)
+    validation, train_split = (data.train.take(part) for part in order.split([config.validation_images, wanted]))
+    return Splits(train_split.to(device), validation.to(device), data.test.to(device), data)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
+    console = Console()
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
+    # the numbers do not depend on where the data and the folder are, nor on what is shown
+    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
+    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
+    splits = prepare(config, device)
+    write_environment(folder, splits.data.record(), device)
+    console.print(f"Data: {splits.data.identity}; {len(splits.validation):,} of the training images held out.")
+    console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    with make_progress(quiet=config.quiet) as progress:
+        compute(config, folder, splits, progress)
+    save_scales(folder)
+    environment = {"data": splits.data.identity, "device": device_name(device)}
+    summary = summarise(folder.records, [arm.name for arm in ARMS]) | environment
+    save_figure(folder.folder / "figure.png", folder.records, summary)
+    print_report(console, summary)
+    folder.finish(summary)
+    console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
+    return summary
+
+
+def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> None:
+    """Each unit of work is a function of the configuration, recorded when it is whole: so a run can be resumed."""
+    bar = progress.add_task("starting", total=total_work(config))
+
+    def unit(label: str, work: float, parts: int, compute: Callable[..., dict[str, Any]], **key: Any) -> dict[str, Any]:
+        progress.update(bar, description=label)
+        record = folder.find(**key)
+        if record is not None:
+            progress.advance(bar, work)
+            return record
+        return folder.append(key | compute(lambda _: progress.advance(bar, work / parts)))
+
+    for network in config.networks:
+        best: dict[str, float] = {}
+        for seed in range(config.seeds):
+            for arm in ARMS:
+                if seed > 0 and not arm.carries_claim:
+                    continue
+                key = {"network": network, "arm": arm.name, "seed": seed}
+                start = unit(
+                    f"{arm.name}, seed {seed}: initialise",
+                    meta_work(config) if arm.metainit else 0.0,
+                    config.steps,
+                    lambda tick, n=network, a=arm, s=seed: run_initialisation(config, n, a, s, splits, tick),
+                    kind="initialisation",
+                    **key,
+                )
+                rates = config.learning_rates if seed == 0 else (best[arm.name],)
+                trained = {}
+                for rate in rates:
+
+                    def fit(tick, network=network, arm=arm, seed=seed, rate=rate, start=start) -> dict[str, Any]:
+                        model = rescaled(initialise(config, network, arm, seed, splits), start.get("scales", {}))
+                        checkpoint = folder.folder / f"{network}-{ARMS.index(arm)}-{seed}-{rate:g}.checkpoint"
+                        return run_training(config, model, arm, seed, rate, splits, checkpoint, tick)
+
+                    label = f"{arm.name}, seed {seed}: train at {rate:g}"
+                    trained[rate] = unit(
+                        label, training_work(config), config.epochs, fit, kind="training", learning_rate=rate, **key
+                    )
+                if seed == 0:
+                    best[arm.name] = max(rates, key=lambda rate: trained[rate]["history"][-1]["validation_accuracy"])
+
+
+def training_work(config: Config) -> float:
+    """In gradients of one example, up to what all units share."""
+    return config.epochs * float(config.train_images or 50_000)
+
+
+def meta_work(config: Config) -> float:
+    """About nine gradients' arithmetic an example and step, and as much again in overhead on small networks."""
+    return 15.0 * config.steps * config.noise_batch_size
+
+
+def total_work(config: Config) -> float:
+    """Of the whole run, for the time that is left."""
+    total = 0.0
+    for arm in ARMS:
+        seeds = config.seeds if arm.carries_claim else 1
+        total += seeds * meta_work(config) if arm.metainit else 0.0
+        total += (len(config.learning_rates) + seeds - 1) * training_work(config)
+    return total * len(config.networks)
+
+
+def save_scales(folder: Run) -> None:
+    """New norm over old for every tuned tensor: `network/arm/seed/tensor`."""
+    scales: dict[str, Tensor] = {}
+    for record in folder.records:
+        prefix = f"{record['network']}/{record['arm']}/{record['seed']}/"
+        scales |= {prefix + name: torch.tensor(scale) for name, scale in record.get("scales", {}).items()}
+    folder.save_tensors("scales", scales, {"format": "learned-init scales 1", "method": "metainit"})
+
+
+def main() -> None:
+    end_well(lambda: run(parse(PRESETS, __doc__ or "")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Table, sentences and figure of `reproduce.metainit_cifar10`, from its records alone."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from reproduce.statistics import mean_and_deviation, paired_interval, percent
+
+Records = Sequence[dict[str, Any]]
+
+RESCUES = (
+    ("Kaiming × ¼ + MetaInit", "Kaiming × ¼"),
+    ("Kaiming + MetaInit", "Kaiming"),
+    ("Kaiming × ¼ + MetaInit", "Kaiming"),
+)
+"""The comparisons that carry the claim: (arm, what it is compared with), over shared seeds."""
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+def summarise(records: Records, arms: Sequence[str]) -> dict[str, Any]:
+    """For each network and arm at its best learning rate: every seed's numbers; and the paired comparisons."""
+    networks = list(dict.fromkeys(record["network"] for record in records))
+    summary: dict[str, Any] = {"networks": {}}
+    for network in networks:
+        rows = {arm: _row([r for r in records if r["network"] == network and r["arm"] == arm]) for arm in arms}
+        comparisons = []
+        for arm, other in RESCUES:
+            low, high = paired_interval(rows[arm]["test_accuracy"], rows[other]["test_accuracy"])
+            difference, _ = mean_and_deviation(
+                [a - b for a, b in zip(rows[arm]["test_accuracy"], rows[other]["test_accuracy"], strict=True)]
+            )
+            pairs = len(rows[arm]["test_accuracy"])
+            comparisons.append(
+                {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": pairs}
+            )
+        summary["networks"][network] = {"arms": rows, "comparisons": comparisons}
+    return summary
+
+
+def _row(records: Records) -> dict[str, Any]:
+    starts = [record for record in records if record["kind"] == "initialisation"]
+    trainings = [record for record in records if record["kind"] == "training"]
+    grid = [record for record in trainings if record["seed"] == 0]
+    best = max(grid, key=lambda record: record["history"][-1]["validation_accuracy"])["learning_rate"]
+    kept = sorted((r for r in trainings if r["learning_rate"] == best), key=lambda record: record["seed"])
+    return {
+        "learning_rate": best,
+        "seeds": [record["seed"] for record in kept],
+        "gradient_quotient_before": [record["gradient_quotient_before"] for record in starts],
+        "gradient_quotient_after": [r["gradient_quotient_after"] for r in starts if "gradient_quotient_after" in r],
+        "first_epoch_accuracy": [record["history"][0]["test_accuracy"] for record in kept],
+        "test_accuracy": [record["history"][-1]["test_accuracy"] for record in kept],
+        "initialisation_seconds": mean_and_deviation([record["seconds"] for record in starts])[0],
+        "training_seconds": mean_and_deviation([record["seconds"] for record in kept])[0],
+        "diverged": sum(record["diverged"] for record in trainings),
+        "trainings": len(trainings),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- on screen
+def print_report(console: Console, summary: dict[str, Any]) -> None:
+    """One table a network, narrow enough for 80 columns, and what may be concluded from it."""
+    for network, result in summary["networks"].items():
+        table = Table(title=f"{network}, no skips", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        table.add_column("start", no_wrap=True)
+        for heading in ("GQ", "lr", "epoch 1, %", "final, %", "init s", "train s"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for arm, row in result["arms"].items():
+            before, after = (_mean(row[f"gradient_quotient_{when}"]) for when in ("before", "after"))
+            table.add_row(
+                arm,
+                f"{before} → {after}" if after else before,
+                f"{row['learning_rate']:g}",
+                percent(row["first_epoch_accuracy"]),
+                percent(row["test_accuracy"]),
+                f"{row['initialisation_seconds']:.1f}",
+                f"{row['training_seconds']:.1f}",
+            )
+        console.print(table)
+        for comparison in result["comparisons"]:
+            console.print(conclude(comparison), highlight=False)
+        lost = {arm: row["diverged"] for arm, row in result["arms"].items() if row["diverged"]}
+        if lost:
+            console.print("Diverged: " + ", ".join(f"{count} of {arm}" for arm, count in lost.items()) + ".")
+        repeated = max(len(row["seeds"]) for row in result["arms"].values())
+        console.print(
+            f"\nTest accuracy; ± is the standard deviation over {repeated} seeds, no ± a single seed. lr: best of the grid "
+            "on held-out training images, first seed. GQ: gradient quotient before → after MetaInit, median of five noise "
+            "batches. Seconds are of this machine.",
+            style="dim",
+        )
+
+
+def conclude(comparison: dict[str, Any]) -> str:
+    """No claim without an interval that carries it."""
+    difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
+    what = f"{comparison['arm']} against {comparison['against']}: {difference:+.1f} points"
+    if not math.isfinite(low):
+        return f"{what} (one seed: no interval, no conclusion)."
+    verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
+    return f"{what}, {verdict} (95 % t-interval {low:+.1f} to {high:+.1f}, {comparison['pairs']} paired seeds)."
+
+
+def _mean(values: Sequence[float]) -> str:
+    finite = [value for value in values if value is not None]
+    return f"{mean_and_deviation(finite)[0]:.3g}" if finite else ""
+
+
+# ---------------------------------------------------------------------------------------------- figure
+COLOURS = {
+    "Kaiming × ¼": "#d62728",
+    "Kaiming": "#1f77b4",
+    "N(0, 0.1²)": "#9467bd",
+    "one layer × 10": "#8c564b",
+    "orthogonal": "#17becf",
+    "delta-orthogonal": "#2ca02c",
+    "LSUV": "#bcbd22",
+    "Kaiming + BatchNorm": "#7f7f7f",
+    "Kaiming + warm-up": "#e377c2",
+}
+
+
+def _style(arm: str) -> dict[str, Any]:
+    """One colour a start; solid after MetaInit, dashed before or without."""
+    after = arm.endswith(" + MetaInit")
+    base = arm.removesuffix(" + MetaInit")
+    return {
+        "color": COLOURS.get(base, "black"),
+        "linestyle": "-" if after else "--",
+        "linewidth": 2.0 if after else 1.4,
+    }
+
+
+def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
+    """Three panels a network: GQ against step; norms per layer before, after, and Kaiming's; training curves."""
+    networks = list(summary["networks"])
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(15, 4.9 * len(networks)), layout="constrained")
+        axes = figure.subplots(len(networks), 3, squeeze=False)
+        for row, network in zip(axes, networks, strict=True):
+            own = [record for record in records if record["network"] == network]
+            _draw_quotients(row[0], own, network)
+            _draw_norms(row[1], own)
+            _draw_training(row[2], own, summary["networks"][network]["arms"])
+        figure.suptitle(f"MetaInit. {summary['data']}\n{summary['device']}", fontsize=9)
+        partial = path.with_suffix(".partial")
+        figure.savefig(partial, dpi=140, format="png")
+    partial.replace(path)
+
+
+def _draw_quotients(axes: Axes, records: Records, network: str) -> None:
+    for record in records:
+        if "history" in record and record["kind"] == "initialisation":
+            history = record["history"]
+            label = record["arm"].removesuffix(" + MetaInit") if record["seed"] == 0 else None
+            axes.plot(
+                [entry["step"] for entry in history],
+                [entry["gradient_quotient"] for entry in history],
+                color=_style(record["arm"])["color"],
+                linewidth=1.2 if record["seed"] == 0 else 0.6,
+                alpha=1.0 if record["seed"] == 0 else 0.5,
+                label=label,
+            )
+    axes.set(yscale="log", xlabel="MetaInit step", ylabel="gradient quotient (its noise batch)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{network}: gradient quotient, by start", loc="left")
+    axes.legend(frameon=False, title="start (thin: other seeds)")
+
+
+def _draw_norms(axes: Axes, records: Records) -> None:
+    starts = {r["arm"]: r for r in records if r["kind"] == "initialisation" and r["seed"] == 0}
+    rescued = starts["Kaiming × ¼ + MetaInit"]
+    profiles = (
+        ("Kaiming × ¼", rescued["norms_before"], _style("Kaiming × ¼")),
+        ("after MetaInit", rescued["norms_after"], _style("Kaiming × ¼ + MetaInit")),
+        ("Kaiming", starts["Kaiming"]["norms_before"], _style("Kaiming")),
+        ("Kaiming after MetaInit", starts["Kaiming + MetaInit"]["norms_after"], _style("Kaiming + MetaInit")),
+    )
+    marker = "o" if len(rescued["norms_before"]) <= 40 else None
+    for label, norms, style in profiles:
+        axes.plot(range(1, len(norms) + 1), list(norms.values()), label=label, marker=marker, markersize=3, **style)
+    axes.set(yscale="log", xlabel="weight tensor, from input to output", ylabel="Frobenius norm")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Norms per layer (first seed)", loc="left")
+    axes.legend(frameon=False)
+
+
+def _draw_training(axes: Axes, records: Records, rows: dict[str, Any]) -> None:
+    for arm, row in rows.items():
+        curves = [
+            [entry["test_accuracy"] for entry in record["history"]]
+            for record in records
+            if record["kind"] == "training" and record["arm"] == arm and record["learning_rate"] == row["learning_rate"]
+        ]
+        longest = max(map(len, curves))
+        whole = [
+            curve + [curve[-1]] * (longest - len(curve)) for curve in curves
+        ]  # a diverged run stays where it ended
+        means = [100 * mean_and_deviation(values)[0] for values in zip(*whole, strict=True)]
+        marker = "o" if longest == 1 else None
+        axes.plot(
+            range(1, longest + 1), means, label=f"{arm} (lr {row['learning_rate']:g})", marker=marker, **_style(arm)
+        )
+    axes.set(xlabel="epoch", ylabel="test accuracy, % (mean over seeds)", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Training, each arm at its best learning rate", loc="left")
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
