@@ -13,6 +13,7 @@ While any such mode is active, torch also turns off the Transformer's inference 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ def _torch_instance_norm(
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """g · v / ‖v‖ with one norm for each index of `dim` (−1: one for the whole tensor)."""
     axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim or dim == -1]
-    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+    norm = v.square().sum(axes, keepdim=True).sqrt() if axes else v.abs()  # no axes would sum over all of them
+    return v * (g / norm)
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -181,12 +183,12 @@ def _attention(
     return F.dropout(weights, dropout_p) @ value if dropout_p > 0 else weights @ value
 
 
-def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """`F.multi_head_attention_forward` by way of its explicit weights, which it drops where none were asked for."""
-    # need_weights is the tenth argument after the dropout probability; every caller in torch.nn passes it by name
-    need_weights = kwargs.pop("need_weights", True)
-    output, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
-    return output, weights if need_weights else None
+# Torch's own function, but for the attention it calls: the mode is off inside a function that it handles.
+_multi_head_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "scaled_dot_product_attention": _attention, "has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 # ---------------------------------------------------------------------------------------------- recurrent layers
@@ -228,7 +230,7 @@ def _recurrent(kind: str) -> Callable:
     """`torch.lstm`, `torch.gru`, … as a loop over its cell: layers, directions, dropout, projections, packed input."""
     cell, has_memory = _CELLS[kind], kind == "lstm"
 
-    def scan(x: Tensor, sizes: list[int] | None, state: tuple, weights: list, reverse: bool) -> tuple[Tensor, tuple]:
+    def scan(x: Tensor, sizes: list[int] | None, state: Any, weights: list, reverse: bool) -> Any:
         # one layer, one direction; x is (time, batch, features), or (sum of sizes, features) where packed.
         # Packed sequences are sorted by length: at each time the first `sizes[t]` of the batch are alive.
         projection = weights.pop() if has_memory and len(weights) in (3, 5) else None
@@ -273,7 +275,7 @@ def _recurrent(kind: str) -> Callable:
 
     def recurrent(x, *args):
         # torch tells its two overloads apart by the type of the fourth argument: weights, or a flag
-        return padded(x, *args) if isinstance(args[1], (list, tuple)) else packed(x, *args)
+        return packed(x, *args) if isinstance(args[2], (list, tuple)) else padded(x, *args)
 
     return recurrent
 
@@ -286,7 +288,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     torch.batch_norm: _torch_batch_norm,
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
-    torch._weight_norm: _weight_norm,
+    torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     **{getattr(torch, kind): _recurrent(kind) for kind in _CELLS},
@@ -296,7 +298,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
 
 class _Exact(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))  # pyright: ignore[reportOptionalCall]
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def uses_batch_statistics(model: nn.Module, batch_norm: BatchNormMode) -> bool:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast and TF32 off, and all as before afterwards: initialisers run in the parameters' own dtype."""
+    """Gradients on, autocast and TF32 off, all as before afterwards: initialisers run in the parameters' own dtype."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def _check_writable(folder: Path) -> None:
             str(folder),
         ) from error
     finally:
-        if probe.exists():
+        with suppress(OSError):
             probe.unlink()
 
 

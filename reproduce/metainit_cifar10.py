@@ -50,7 +50,7 @@ class Config:
     quiet: bool = False
     """No progress on standard error."""
 
-    networks: tuple[str, ...] = ("plain-12-8",)
+    networks: tuple[str, ...] = ("plain-10-8",)
     """Names of common.networks, without skips or normalisation: plain-DEPTH-WIDTH, resnet110, wrn-28-10, …"""
     activation: str = "tanh"
     """Any activation of torch.nn, by lower-case name."""
@@ -122,7 +122,7 @@ PRESETS = {
         update="log",
         meta_learning_rate=0.03,
         linear_decay=True,
-        learning_rates=(0.1, 0.03, 0.01),
+        learning_rates=(0.3, 0.1, 0.03),
         epochs=5,
         batch_size=64,
     ),

@@ -93,9 +93,9 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
             console.print("Diverged: " + ", ".join(f"{count} of {arm}" for arm, count in lost.items()) + ".")
         repeated = max(len(row["seeds"]) for row in result["arms"].values())
         console.print(
-            f"\nTest accuracy; ± is the standard deviation over {repeated} seeds, no ± a single seed. lr: best of the grid "
-            "on held-out training images, first seed. GQ: gradient quotient before → after MetaInit, median of five noise "
-            "batches. Seconds are of this machine.",
+            f"\nTest accuracy; ± is the standard deviation over {repeated} seeds, no ± a single seed. "
+            "lr: best of the grid on held-out training images, first seed. "
+            "GQ: gradient quotient before → after MetaInit, median of five noise batches. Seconds are of this machine.",
             style="dim",
         )
 

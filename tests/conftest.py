@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def _float64():
+    torch.set_num_threads(1)  # one a worker: two workers with two threads each would wait for one another
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
