@@ -241,7 +241,7 @@ def _recurrent(kind: str) -> Callable:
             now = tuple(s[:alive] for s in state)
             new = cell(steps[time], now, *weights) if has_memory else (cell(steps[time], now[0], *weights),)
             if projection is not None:
-                new = (F.linear(new[0], projection), new[1])
+                new = (F.linear(new[0], projection), *new[1:])
             ended = state[0].shape[0] > alive
             state = tuple(torch.cat([n, s[alive:]]) for n, s in zip(new, state, strict=True)) if ended else new
             outputs[time] = new[0]

@@ -1,6 +1,7 @@
 """Labelled images by name: the published sets, and two that need no network."""
 
 import os
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,13 +10,18 @@ from torch.nn import functional as F
 
 from data.parquet import read_split
 from data.sources import HUB_SETS, VARIABLE, HubSet, SourceUnavailableError, locate
-from data.splits import ImageData, ImageSplit, channel_statistics
+from data.splits import ImageData, ImageSplit, channel_statistics, draw_balanced, subset_note
 
 ImageName = Literal["auto", "cifar10", "cifar100", "digits", "noise"]
 
 
 def load_images(
-    name: ImageName | str = "auto", *, data_dir: str | os.PathLike[str] | None = None, seed: int = 0
+    name: ImageName | str = "auto",
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    train: int | None = None,
+    test: int | None = None,
+    seed: int = 0,
 ) -> ImageData:
     """An image set, in memory as uint8.
 
@@ -27,16 +33,18 @@ def load_images(
             "noise", Gaussian images whose labels mean nothing; "auto", CIFAR-10 or, where it cannot be had, the digits.
         data_dir: A folder with `cifar10/train-*.parquet` and `cifar10/test-*.parquet` in the hub's schema, or that
             inner folder itself. Not used by "digits" and "noise".
-        seed: Draws the noise. Not used by the other sets.
+        train: At most this many training images, class-balanced; the others are not even decoded. None: all.
+        test: At most this many test images, likewise.
+        seed: Draws the subset, and the noise.
 
     Raises:
         FileNotFoundError: If a named set cannot be had, or a folder that is given does not hold it.
         ValueError: If the name is unknown, or a file is damaged or holds something else.
     """
     if name == "digits":
-        return _digits()
+        return _at_most(_digits(), train, test, seed)
     if name == "noise":
-        return _noise(seed)
+        return _at_most(_noise(seed), train, test, seed)
     if name != "auto" and name not in HUB_SETS:
         raise ValueError(f"load_images: `name` must be one of {', '.join(get_args(ImageName))}, got {name!r}.")
     wanted = HUB_SETS["cifar10" if name == "auto" else name]
@@ -44,31 +52,56 @@ def load_images(
         located = locate(wanted, data_dir)
     except SourceUnavailableError as error:
         if name == "auto":
-            return _digits(instead_of=wanted.title, because=str(error))
+            return _at_most(_digits(instead_of=wanted.title, because=str(error)), train, test, seed)
         raise FileNotFoundError(
             f"load_images: '{name}' must be in a folder, in the Hugging Face cache or on the hub, got none of them. "
             f"Tried: {error}. Pass a folder that holds {name}/train-*.parquet and {name}/test-*.parquet as `data_dir` "
             f"or {VARIABLE}, connect to the network, or take 'digits' or 'auto'."
         ) from error
-    columns = {"image_column": wanted.image_column, "label_column": wanted.label_column}
-    train = read_split(located.train, num_classes=wanted.num_classes, **columns)
-    test = read_split(located.test, num_classes=wanted.num_classes, **columns)
-    if train.split.images.shape[1:] != test.split.images.shape[1:]:
-        raise ValueError(
-            "load_images: training and test images must have one size, got "
-            f"{tuple(train.split.images.shape[1:])} and {tuple(test.split.images.shape[1:])} from {located.origin}."
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for files, size in ((located.train, train), (located.test, test)):
+        part = read_split(
+            files,
+            image_column=wanted.image_column,
+            label_column=wanted.label_column,
+            num_classes=wanted.num_classes,
+            choose=partial(_rows, size=size, num_classes=wanted.num_classes, generator=generator),
         )
-    mean, std = channel_statistics(train.split.images)
+        parts.append(part)
+    if parts[0].split.images.shape[1:] != parts[1].split.images.shape[1:]:
+        sizes = " and ".join(str(tuple(part.split.images.shape[1:])) for part in parts)
+        raise ValueError(
+            f"load_images: training and test images must have one size, got {sizes} from {located.origin}."
+        )
+    mean, std = channel_statistics(parts[0].split.images)
+    identity = _identity(wanted, located.origin, parts[0].encodings | parts[1].encodings, *(p.rows for p in parts))
+    if any(len(part.split) < part.rows for part in parts):
+        identity += subset_note(len(parts[0].split), len(parts[1].split))
     return ImageData(
         name=wanted.name,
-        train=train.split,
-        test=test.split,
-        class_names=train.class_names or tuple(str(label) for label in range(wanted.num_classes)),
+        train=parts[0].split,
+        test=parts[1].split,
+        class_names=parts[0].class_names or tuple(str(label) for label in range(wanted.num_classes)),
         mean=mean,
         std=std,
-        identity=_identity(wanted, located.origin, train.encodings | test.encodings, len(train.split), len(test.split)),
+        identity=identity,
         source=located.origin,
     )
+
+
+def _rows(labels: Tensor, *, size: int | None, num_classes: int, generator: torch.Generator) -> Tensor:
+    if size is None or size >= len(labels):
+        return torch.arange(len(labels))
+    return draw_balanced(labels, size, num_classes, generator)
+
+
+def _at_most(data: ImageData, train: int | None, test: int | None, seed: int) -> ImageData:
+    train = None if train is None or train >= len(data.train) else train
+    test = None if test is None or test >= len(data.test) else test
+    if train is None and test is None:
+        return data
+    return data.subset(train=train, test=test, generator=torch.Generator().manual_seed(seed))
 
 
 def _identity(wanted: HubSet, origin: str, encodings: frozenset[str], train: int, test: int) -> str:

@@ -1,6 +1,6 @@
 """The one reader for folder, cache and hub: parquet files with the hub's encoded images and class labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,16 +21,32 @@ class Decoded:
 
     split: ImageSplit
     encodings: frozenset[str]
+    rows: int
+    """How many examples the files hold, of which `split` may be a part."""
     class_names: tuple[str, ...] | None
 
 
-def read_split(files: Sequence[Path], *, image_column: str, label_column: str, num_classes: int) -> Decoded:
+def read_split(
+    files: Sequence[Path],
+    *,
+    image_column: str,
+    label_column: str,
+    num_classes: int,
+    choose: Callable[[Tensor], Tensor] | None = None,
+) -> Decoded:
     """Decode the images of some parquet files into one tensor. Nothing is written, here or in the user's home.
+
+    Args:
+        files: The parts of one split, in order.
+        image_column: Encoded images.
+        label_column: Class labels.
+        num_classes: How many classes there are.
+        choose: From all labels to the rows to decode, in increasing order; by default all of them.
 
     Raises:
         ValueError: If a file, a column, an image or a label is not what it should be; the message names file and row.
     """
-    pixels, size, labels, encodings, class_names = bytearray(), None, [], set(), None
+    tables, labels, class_names = [], [], None
     for path in files:
         table = _read_table(path, image_column, label_column)
         # not `datasets.Dataset.from_parquet`, which writes a second copy of the set into the user's home
@@ -43,9 +59,17 @@ def read_split(files: Sequence[Path], *, image_column: str, label_column: str, n
                     f"in '{path}'. Another set seems to lie in this folder."
                 )
         labels.append(_labels(table.column(label_column), path, num_classes))
+        tables.append(table)
+    all_labels = torch.cat(labels)
+    rows = torch.arange(len(all_labels)) if choose is None else choose(all_labels)
+    chosen, first = set(rows.tolist()), 0
+    pixels, size, encodings = bytearray(), None, set()
+    for path, table in zip(files, tables, strict=True):
         for row, encoded in enumerate(_encoded(table.column(image_column))):
+            if first + row not in chosen:
+                continue
             where = f"row {row} of '{path}'"
-            image = _decode(encoded, where)
+            image = _decode(encoded.as_py(), where)
             size = size or image.size
             if image.size != size:
                 raise ValueError(
@@ -53,11 +77,12 @@ def read_split(files: Sequence[Path], *, image_column: str, label_column: str, n
                 )
             encodings.add(image.format)
             pixels += (image if image.mode == "RGB" else image.convert("RGB")).tobytes()
+        first += len(table)
     if size is None:
         raise ValueError(f"load_images: a split must hold an image, got no row in {[str(path) for path in files]}.")
     width, height = size
     images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3).permute(0, 3, 1, 2).contiguous()
-    return Decoded(ImageSplit(images, torch.cat(labels)), frozenset(encodings), class_names)
+    return Decoded(ImageSplit(images, all_labels[rows]), frozenset(encodings), len(all_labels), class_names)
 
 
 def _read_table(path: Path, image_column: str, label_column: str) -> pa.Table:
@@ -91,9 +116,10 @@ def _labels(column: pa.ChunkedArray, path: Path, num_classes: int) -> Tensor:
     return torch.tensor(column.to_pylist(), dtype=torch.int64)
 
 
-def _encoded(column: pa.ChunkedArray) -> Iterator[bytes | None]:
+def _encoded(column: pa.ChunkedArray) -> Iterator[pa.Scalar]:
+    """The images' bytes, not copied until one asks for them."""
     for chunk in column.chunks:
-        yield from chunk.field("bytes").to_pylist()
+        yield from chunk.field("bytes")
 
 
 def _decode(encoded: bytes | None, where: str) -> Image.Image:

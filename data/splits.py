@@ -62,7 +62,7 @@ class ImageData:
         test: The held-out split.
         class_names: One name a class.
         mean: Per channel, over the training images, in units of full intensity (0 to 1).
-        std: Per channel, as `mean`. A subset keeps the whole set's mean and std.
+        std: Per channel, as `mean`. A subset keeps its whole set's mean and std.
         identity: One sentence for a figure's title: what this is, from where, how encoded, how many rows.
         source: Where it came from, and for a stand-in why the real set could not be had.
     """
@@ -103,11 +103,10 @@ class ImageData:
                 continue
             if not 1 <= size <= len(split):
                 raise ValueError(f"subset: `{part}` must lie between 1 and {len(split)} (all examples), got {size}.")
-            draw = _draw_balanced if balanced else _draw
+            draw = draw_balanced if balanced else _draw
             parts[part] = split.take(draw(split.labels.cpu(), size, self.num_classes, generator))
-        kind = "class-balanced" if balanced else "random"
-        rows = f"{len(parts['train']):,} train + {len(parts['test']):,} test"
-        return replace(self, **parts, identity=f"{self.identity}; {kind} subset of {rows}")
+        note = subset_note(len(parts["train"]), len(parts["test"]), balanced=balanced)
+        return replace(self, **parts, identity=self.identity + note)
 
     def resized(self, size: int) -> Self:
         """The images shrunk to size × size, each new pixel the average of the area it covers.
@@ -159,11 +158,17 @@ def channel_statistics(images: UInt8[Tensor, "n 3 h w"]) -> tuple[Channels, Chan
     return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
 
 
+def subset_note(train: int, test: int, *, balanced: bool = True) -> str:
+    """What a subset adds to the identity of the whole."""
+    return f"; {'class-balanced' if balanced else 'random'} subset of {train:,} train + {test:,} test"
+
+
 def _draw(labels: Tensor, size: int, num_classes: int, generator: torch.Generator) -> Tensor:
     return _permutation(len(labels), generator)[:size].sort().values
 
 
-def _draw_balanced(labels: Tensor, size: int, num_classes: int, generator: torch.Generator) -> Tensor:
+def draw_balanced(labels: Tensor, size: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Rows of `size` examples, as many of every class, in increasing order."""
     quota = torch.full((num_classes,), size // num_classes)
     quota[_permutation(num_classes, generator)[: size % num_classes]] += 1
     chosen = []

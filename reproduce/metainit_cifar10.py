@@ -342,15 +342,20 @@ def run_training(
 # ---------------------------------------------------------------------------------------------- the run
 def prepare(config: Config, device: torch.device) -> Splits:
     """Load, hold out, take subsets: the same images for every arm and seed."""
-    data = load_images(config.data, data_dir=config.data_dir)
-    generator = torch.Generator().manual_seed(0)
-    available = len(data.train) - config.validation_images
-    wanted = available if config.train_images is None else min(config.train_images, available)
-    test = None if config.test_images is None else min(config.test_images, len(data.test))
-    whole = wanted == available
-    data = data.subset(train=None if whole else wanted + config.validation_images, test=test, generator=generator)
-    order = torch.randperm(len(data.train), generator=generator)
-    validation, train_split = (data.train.take(part) for part in order.split([config.validation_images, wanted]))
+    held_out = config.validation_images
+    data = load_images(
+        config.data,
+        data_dir=config.data_dir,
+        train=None if config.train_images is None else config.train_images + held_out,
+        test=config.test_images,
+    )
+    if held_out + config.batch_size > len(data.train):
+        raise ValueError(
+            f"{EXPERIMENT}: `validation_images` must leave a batch of {config.batch_size} training images, got "
+            f"{held_out} of {len(data.train)}. Hold out fewer."
+        )
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    validation, train_split = (data.train.take(part) for part in order.split([held_out, len(order) - held_out]))
     return Splits(train_split.to(device), validation.to(device), data.test.to(device), data)
 
 

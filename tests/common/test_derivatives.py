@@ -78,8 +78,10 @@ def test_products_are_those_of_the_dense_hessian(net):
 
 
 def test_products_of_a_known_hessian():
-    # L = a²b: ∇L = (2ab, a²), H = [[2b, 2a], [2a, 0]] at a = 3, b = −2: no two entries alike
-    loss = lambda theta, _: theta["a"] ** 2 * theta["b"]
+    # L = a² b: ∇L = (2ab, a²), H = [[2b, 2a], [2a, 0]] at a = 3, b = −2: no two entries alike
+    def loss(theta, _):
+        return theta["a"] ** 2 * theta["b"]
+
     theta = {"a": torch.tensor(3.0), "b": torch.tensor(-2.0)}
     assert_close(gradient(loss, theta, None), {"a": torch.tensor(-12.0), "b": torch.tensor(9.0)})
     product = hvp(loss, theta, {"a": torch.tensor(1.0), "b": torch.tensor(10.0)}, None)
@@ -188,9 +190,10 @@ def test_a_whole_batch_may_be_anything():
     assert list(micro_batches("no tensor at all", None)) == [(1.0, "no tensor at all")]
 
 
-@pytest.mark.parametrize(
-    ("batch", "got"), [((torch.ones(4), torch.ones(3, 4)), r"\[3, 4\]"), (({"a": None}), r"\[\]")], ids=["ragged", "none"]
-)
+UNEQUAL = {"ragged": ((torch.ones(4), torch.ones(3, 4)), r"\[3, 4\]"), "no tensor": ({"a": None}, r"\[\]")}
+
+
+@pytest.mark.parametrize(("batch", "got"), UNEQUAL.values(), ids=UNEQUAL)
 def test_batches_that_cannot_be_split_are_refused(batch, got):
     with pytest.raises(ValueError, match=f"must have the same first dimension, got {got}.*Leave the micro-batch size"):
         list(micro_batches(batch, 2))

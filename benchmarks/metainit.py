@@ -1,0 +1,366 @@
+"""What a MetaInit step costs in time and memory, as ratios measured side by side in one run.
+
+    python -m benchmarks.metainit [--only step memory exact scaling training]
+
+Two variants take turns, round after round; a ratio is taken in each round, and its median and range over the rounds are
+reported. Peak memory is that of a fresh process a variant. Results go to `benchmarks/results/metainit-<device>.json`.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from common.functional import BatchNormMode, classification_loss, parameters_of, pure_loss
+from common.networks import make_network
+from common.record import device_name
+from common.training import TrainingConfig, train
+from common.types import Batch
+from papers.metainit import meta_gradient
+
+RESULTS = Path(__file__).parent / "results"
+Section = Literal["step", "memory", "exact", "scaling", "training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    only: tuple[Section, ...] = ("step", "memory", "exact", "scaling", "training")
+    """Which measurements to make."""
+    rounds: int = 7
+    """Rounds of each comparison."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    save: bool = True
+    """Write the results file."""
+    child: str = ""
+    """Used by this program itself: the variant whose peak memory a fresh process measures."""
+
+
+# ---------------------------------------------------------------------------------------------- what is compared
+def figure_2_step(model: nn.Module, momenta: dict[str, float], batch: Batch) -> None:
+    """One step as one would write it down from Figure 2: eager autograd, a tensor at a time, Python numbers."""
+    x, y = batch
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss = nn.functional.cross_entropy(model(x), y)
+    g = torch.autograd.grad(loss, parameters, create_graph=True)
+    half_square = torch.stack([(t**2).sum() / 2 for t in g]).sum()
+    Hg = torch.autograd.grad(half_square, parameters, create_graph=True)
+    terms = []
+    for a, b in zip(g, Hg, strict=True):
+        s = torch.where(a >= 0, 1.0, -1.0).to(a.dtype)
+        terms.append(((a - b) / (a + 1e-5 * s) - 1).abs().sum())
+    quotient = torch.stack(terms).sum() / sum(p.numel() for p in parameters)
+    grads = torch.autograd.grad(quotient, parameters)
+    with torch.no_grad():
+        for (name, p), G in zip(model.named_parameters(), grads, strict=True):
+            if p.ndim < 2:
+                continue
+            norm = p.norm().item()
+            sign = torch.sign((p * G).sum() / norm).item()
+            momenta[name] = 0.9 * momenta.get(name, 0.0) - 0.1 * sign
+            p.mul_((norm + momenta[name]) / norm)
+
+
+def our_step(model: nn.Module, batch: Batch, *, exact: bool = True, **options: Any) -> Callable[[], object]:
+    """The same step as `metainit` makes it, without the writing back at the end."""
+    theta = parameters_of(model)
+    tuned = [name for name, leaf in theta.items() if leaf.ndim >= 2]
+    loss = pure_loss(model, batch_norm="running", exact=exact)
+
+    def step() -> Tensor:
+        G, _ = meta_gradient(loss, theta, batch, tuned=tuned, **options)
+        return torch.stack([(theta[name] * G[name]).sum() for name in tuned]).sign()
+
+    return step
+
+
+def network(name: str, device: torch.device, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return make_network(name, **options).to(device).eval()
+
+
+def noise(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 3, 32, 32, generator=generator)
+    return x.to(device), torch.randint(10, (size,), generator=generator).to(device)
+
+
+# ---------------------------------------------------------------------------------------------- how it is measured
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(
+    variant: Callable[[], object], reference: Callable[[], object], config: Config, device: torch.device
+) -> dict:
+    """Turn by turn, each going first as often; median and range of the rounds' ratios."""
+    for step in (variant, reference):
+        step()  # warm: kernels chosen, memory taken
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(config.rounds):
+        order = (0, 1) if turn % 2 else (1, 0)
+        for which in order:
+            times[which].append(seconds((variant, reference)[which], device))
+    ratios = sorted(a / b for a, b in zip(*times, strict=True))
+    return {
+        "ratio": statistics.median(ratios),
+        "range": [ratios[0], ratios[-1]],
+        "seconds": statistics.median(times[0]),
+        "reference_seconds": statistics.median(times[1]),
+        "rounds": config.rounds,
+    }
+
+
+def forward_of(model: nn.Module, batch: Batch) -> Callable[[], object]:
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return classification_loss(model, batch)
+
+    return forward
+
+
+# ---------------------------------------------------------------------------------------------- the sections
+CASES = {
+    "7 convolutions of 32 channels, batch 64": ("plain-8-32", {"stages": 1}, 64),
+    "plain-12-16, batch 32": ("plain-12-16", {}, 32),
+    "plain ResNet-20, batch 32": ("resnet20", {"skip": False}, 32),
+}
+
+
+def section_step(config: Config, device: torch.device) -> dict[str, Any]:
+    """Ours against Figure 2 written down."""
+    results = {}
+    for label, (name, options, size) in CASES.items():
+        batch = noise(size, device)
+        reference = network(name, device, **options)
+        momenta: dict[str, float] = {}
+        for form in ("taylor", "step"):
+            results[f"{label}, {form}"] = compare(
+                our_step(network(name, device, **options), batch, form=form),
+                lambda reference=reference, momenta=momenta, batch=batch: figure_2_step(reference, momenta, batch),
+                config,
+                device,
+            )
+        results[f"{label}, micro-batches of 8"] = compare(
+            our_step(network(name, device, **options), batch, micro_batch_size=8),
+            lambda reference=reference, momenta=momenta, batch=batch: figure_2_step(reference, momenta, batch),
+            config,
+            device,
+        )
+    return results
+
+
+def section_memory(config: Config, device: torch.device) -> dict[str, Any]:
+    """Peak above what the process held before, batch 64: micro-batches of 8 against the fused form."""
+    results = {}
+    for form in ("taylor", "step"):
+        ratios, peaks = [], {}
+        for _ in range(3):
+            for variant in ("fused", "split"):
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.metainit",
+                    "--child",
+                    f"{variant} {form}",
+                    "--device",
+                    device.type,
+                ]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                peaks[variant] = int(done.stdout)
+            ratios.append(peaks["split"] / peaks["fused"])
+        results[f"7 convolutions of 32 channels, batch 64 in eights, {form}"] = {
+            "ratio": statistics.median(ratios),
+            "range": [min(ratios), max(ratios)],
+            "megabytes": peaks["split"] / 1e6,
+            "reference_megabytes": peaks["fused"] / 1e6,
+            "rounds": 3,
+        }
+    return results
+
+
+def peak_memory(variant: str, form: Any, device: torch.device) -> int:
+    """In a fresh process: bytes above what was held before the step."""
+    name, options, size = CASES["7 convolutions of 32 channels, batch 64"]
+    model = network(name, device, **options)
+    batch = noise(size, device)
+    our_step(
+        model, noise(2, device), form=form, micro_batch_size=1 if variant == "split" else None
+    )()  # libraries loaded
+    step = our_step(model, batch, form=form, micro_batch_size=8 if variant == "split" else None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"_resident: /proc/self/status must have the line {field}, got none.")
+
+
+class NormMLP(nn.Module):
+    """Layer norm and attention, small: what `exact` re-expresses on a Transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu", dropout=0.0)
+        self.embed, self.encoder = nn.Linear(48, 64), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(len(x), 64, 48)
+        return self.head(self.encoder(self.embed(patches)).mean(1))
+
+
+def section_exact(config: Config, device: torch.device) -> dict[str, Any]:
+    """`exact` on against off; off, batch statistics are differentiated wrongly and attention not at all."""
+    batch = noise(32, device)
+    results = {}
+    modes: tuple[tuple[str, nn.Module, BatchNormMode], ...] = (
+        ("plain-12-16 (nothing to re-express)", network("plain-12-16", device), "running"),
+        ("ResNet-20, batch statistics", network("resnet20", device, batch_norm=True), "batch"),
+        ("ResNet-20, running statistics", network("resnet20", device, batch_norm=True), "running"),
+    )
+    for label, model, batch_norm in modes:
+        theta = parameters_of(model)
+        on, off = (pure_loss(model, batch_norm=batch_norm, exact=exact) for exact in (True, False))
+        results[label] = compare(
+            partial(meta_gradient, on, theta, batch), partial(meta_gradient, off, theta, batch), config, device
+        )
+    torch.manual_seed(0)
+    model = NormMLP().to(device)
+    loss, theta = pure_loss(model), parameters_of(model)
+    results["two Transformer layers, width 64, against its own forward pass"] = compare(
+        lambda: meta_gradient(loss, theta, batch), forward_of(model.eval(), batch), config, device
+    )
+    return results
+
+
+def section_scaling(config: Config, device: torch.device) -> dict[str, Any]:
+    """A step against one forward pass of the same batch, as batch, depth and width grow."""
+    results = {}
+    few = replace(config, rounds=min(config.rounds, 5))
+    base = {"batch": 32, "depth": 8, "width": 16}
+    for axis, values in {"batch": (8, 32, 128), "depth": (4, 8, 16), "width": (8, 16, 32)}.items():
+        for value in values:
+            sizes = base | {axis: value}
+            model = network(f"plain-{sizes['depth']}-{sizes['width']}", device)
+            batch = noise(sizes["batch"], device)
+            label = f"{axis} {value} (batch {sizes['batch']}, depth {sizes['depth']}, width {sizes['width']})"
+            results[label] = compare(our_step(model, batch), forward_of(model, batch), few, device)
+    return results
+
+
+def section_training(config: Config, device: torch.device) -> dict[str, Any]:
+    """Seconds for 50 000 images at batch 128, from ten batches, against float32 in torch's default layout."""
+    results: dict[str, Any] = {}
+    size, batches = 128, 10
+    x, y = noise(size, device)
+    for name, options in (
+        ("vgg19", {"batch_norm": True}),
+        ("resnet110", {"batch_norm": True}),
+        ("resnet20", {"batch_norm": True}),
+    ):
+        epoch: dict[str, list[float]] = {}
+        recipes = {
+            f"{precision}, {'channels-last' if last else 'NCHW'}": TrainingConfig(
+                epochs=3, learning_rate=0.01, precision=precision, channels_last=last
+            )
+            for precision in ("float32", "bfloat16")
+            for last in (False, True)
+        }
+        for label, recipe in recipes.items():
+            model = network(name, device, **options)
+
+            def repeat(_: int) -> Iterator[Batch]:
+                return iter([(x, y)] * batches)
+
+            result = train(model, classification_loss, repeat, lambda _: {}, steps_per_epoch=batches, config=recipe)
+            # the first epoch chooses kernels and takes memory
+            epoch[label] = [entry["seconds"] * 50_000 / (size * batches) for entry in result.history[1:]]
+        reference = statistics.median(epoch["float32, NCHW"])
+        for label, values in epoch.items():
+            results[f"{name} with BatchNorm, {label}"] = {
+                "ratio": statistics.median(values) / reference,
+                "range": [min(values) / reference, max(values) / reference],
+                "seconds": statistics.median(values),
+                "reference_seconds": reference,
+                "rounds": len(values),
+            }
+    return results
+
+
+SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
+    "step": section_step,
+    "memory": section_memory,
+    "exact": section_exact,
+    "scaling": section_scaling,
+    "training": section_training,
+}
+
+
+def show(console: Console, title: str, results: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left")
+    for heading in ("case", "ratio", "range", "ours", "reference"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for label, row in results.items():
+        quantity, unit = ("megabytes", "MB") if "megabytes" in row else ("seconds", "s")
+        low, high = row["range"]
+        amounts = (f"{row[key]:.3g} {unit}" for key in (quantity, f"reference_{quantity}"))
+        table.add_row(label, f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", *amounts)
+    console.print(table)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = torch.device(name)
+    if config.child:
+        variant, form = config.child.split()
+        print(peak_memory(variant, form, device))
+        return
+    console = Console()
+    path = RESULTS / f"metainit-{device.type}.json"
+    results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    for section in config.only:
+        measured = SECTIONS[section](config, device)
+        show(console, f"{section}: {SECTIONS[section].__doc__}", measured)
+        results[section] = {
+            "about": SECTIONS[section].__doc__,
+            "machine": device_name(device),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "results": measured,
+        }
+        if config.save:
+            path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

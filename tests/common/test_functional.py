@@ -1,0 +1,396 @@
+"""The pure loss is the module's own loss, and the module never notices."""
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.testing import assert_close
+
+from common.functional import (
+    check_bare,
+    check_devices,
+    check_first_batch,
+    classification_loss,
+    full_precision,
+    load_parameters_,
+    parameters_of,
+    pure_loss,
+    uses_batch_statistics,
+)
+
+
+class Counter(nn.Module):
+    """Everything a forward pass may leave behind: a buffer written, one replaced, an attribute, random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(6))
+        self.seen = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach().mean(0)
+        self.seen += 1
+        return x + 0.01 * torch.rand(()) if self.training else x
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(6, 6),
+    "weight norm": lambda: weight_norm(nn.Linear(6, 6)),
+    "batch norm": lambda: nn.BatchNorm1d(6),
+    "stateless batch norm": lambda: nn.BatchNorm1d(6, track_running_stats=False),
+    "layer norm": lambda: nn.LayerNorm(6),
+    "dropout": lambda: nn.Dropout(0.4),
+    "counter": Counter,
+    "nested": lambda: nn.Sequential(nn.Tanh(), nn.BatchNorm1d(6, momentum=None), nn.Dropout(0.2)),
+}
+
+
+def make(names: list[str], flags: int = 0) -> nn.Sequential:
+    """A stack of layers whose every submodule trains or evaluates as `flags` says, bit by bit."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 6), *(LAYERS[name]() for name in names), nn.Linear(6, 4))
+        model(torch.randn(8, 3) + 1)  # running statistics that are neither zero nor one
+    for place, module in enumerate(model.modules()):
+        module.training = bool(flags >> place & 1)
+    return model
+
+
+def make_batch():
+    random = torch.Generator().manual_seed(5)
+    return torch.randn(5, 3, generator=random), torch.tensor([0, 3, 1, 1, 2])
+
+
+def state_of(model: nn.Module):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return (
+        {name: (id(leaf), leaf.requires_grad, leaf.detach().clone()) for name, leaf in tensors.items()},
+        [module.training for module in model.modules()],
+        [module.track_running_stats for module in model.modules() if hasattr(module, "track_running_stats")],
+        [module.seen for module in model.modules() if hasattr(module, "seen")],
+        {name: leaf.grad for name, leaf in model.named_parameters()},
+        torch.get_rng_state(),
+    )
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@contextmanager
+def untouched(model: nn.Module):
+    """Parameters, buffers, every submodule's flags and the global random state are bit-identical afterwards."""
+    before = state_of(model)
+    yield
+    assert same(before, state_of(model))
+
+
+stacks = st.lists(st.sampled_from(sorted(LAYERS)), max_size=4)
+
+
+@given(stacks, st.integers(0, 2**12 - 1), st.sampled_from(["batch", "running"]), st.sampled_from([None, 7]))
+def test_value_and_gradient_are_the_modules_own(names, flags, batch_norm, seed):
+    model, batch = make(names, flags), make_batch()
+    twin = copy.deepcopy(model).train(seed is not None)
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.train(batch_norm == "batch")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        expected = classification_loss(twin, batch)
+    gradient = torch.autograd.grad(expected, list(twin.parameters()), materialize_grads=True)
+
+    loss = pure_loss(model, batch_norm=batch_norm, seed=seed)
+    with untouched(model):
+        value = loss(parameters_of(model), batch)
+        g = torch.func.grad(loss)(parameters_of(model), batch)
+    assert_close(value, expected, rtol=1e-12, atol=1e-13)
+    assert_close(list(g.values()), list(gradient), rtol=1e-9, atol=1e-12)
+
+
+@given(stacks, st.integers(0, 2**12 - 1), st.sampled_from(["forward", "loss"]))
+def test_an_error_leaves_the_model_as_it_was(names, flags, where):
+    model, (x, y) = make([*names, "counter"], flags), make_batch()
+
+    def failing(model, batch):
+        model(batch[0])
+        raise ZeroDivisionError
+
+    loss = pure_loss(model, failing if where == "loss" else classification_loss, seed=3)
+    batch = (x, y) if where == "loss" else (x[:, :2], y)
+    with untouched(model):
+        for call in (loss, torch.func.grad(loss)):
+            with pytest.raises((ZeroDivisionError, RuntimeError)):
+                call(parameters_of(model), batch)
+
+
+def test_exact_changes_derivatives_only():
+    model, batch = make(["layer norm", "batch norm"]), make_batch()
+    fused = pure_loss(model, exact=False)(parameters_of(model), batch)
+    assert_close(pure_loss(model)(parameters_of(model), batch), fused, rtol=1e-12, atol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------- dropout
+def test_a_seed_is_a_mask():
+    model, batch = make(["dropout"]), make_batch()
+    params = parameters_of(model)
+    first, second = pure_loss(model, seed=1), pure_loss(model, seed=2)
+    with untouched(model):
+        value = first(params, batch)
+        torch.testing.assert_close(first(params, batch), value, rtol=0, atol=0)
+        assert second(params, batch) != value
+        assert pure_loss(model)(params, batch) != value
+    torch.rand(3)  # nor does the caller's random state matter
+    assert first(params, batch) == value
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.decode = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.decode.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.decode(self.embed(tokens))
+
+
+def test_a_tied_tensor_appears_once_and_gathers_both_gradients():
+    model, batch = Tied(), (torch.tensor([1, 4, 2]), torch.tensor([0, 1, 4]))
+    params = parameters_of(model)
+    assert list(params) == ["embed.weight"]
+    g = torch.func.grad(pure_loss(model))(params, batch)["embed.weight"]
+    (expected,) = torch.autograd.grad(classification_loss(model, batch), model.embed.weight)
+    assert_close(g, expected, rtol=1e-12, atol=1e-13)
+    with untouched(model):
+        # new values reach both of its places
+        doubled = pure_loss(model)({"embed.weight": 2 * params["embed.weight"]}, batch)
+        scores = (2 * params["embed.weight"][batch[0]]) @ (2 * params["embed.weight"]).T
+        assert_close(doubled, nn.functional.cross_entropy(scores, batch[1]), rtol=1e-12, atol=1e-13)
+
+
+def test_loading_keeps_ties_and_references():
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    load_parameters_(model, {"embed.weight": torch.full((5, 3), 2.0)})
+    assert model.decode.weight is model.embed.weight
+    assert optimizer.param_groups[0]["params"][0] is model.embed.weight
+    assert model.embed.weight.requires_grad
+    assert (model.decode.weight == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("no.such", torch.ones(4), "names must be the model's parameters, got 'no.such'"),
+        ("1.bias", torch.ones(5), r"'1.bias' must have shape \(4,\), got \(5,\)"),
+    ],
+)
+def test_loading_writes_all_or_nothing(name, value, message):
+    model = make([])
+    with untouched(model), pytest.raises(ValueError, match=message):
+        load_parameters_(model, {"0.weight": torch.zeros(6, 3), name: value})
+
+
+def test_frozen_parameters_keep_the_models_values():
+    model, batch = make(["batch norm"]), make_batch()
+    model[0].requires_grad_(False)
+    free = {name: leaf for name, leaf in parameters_of(model).items() if not name.startswith("0.")}
+    loss = pure_loss(model)
+    assert loss(free, batch) == loss(parameters_of(model), batch)
+    with untouched(model):
+        assert torch.func.grad(loss)(free, batch).keys() == free.keys()
+    before = loss(free, batch)
+    with torch.no_grad():
+        model[0].weight.mul_(2)  # the model's own, not a copy of them
+    assert loss(free, batch) != before
+
+
+@pytest.mark.parametrize("parametrization", [weight_norm, spectral_norm, orthogonal])
+def test_parametrized_modules(parametrization):
+    model, batch = nn.Sequential(parametrization(nn.Linear(3, 4))), make_batch()
+    with untouched(model):
+        g = torch.func.grad(pure_loss(model))(parameters_of(model), batch)
+    # spectral norm moves its power iteration when it trains: evaluation is what the pure loss decides on
+    parameters = dict(model.eval().named_parameters())
+    expected = torch.autograd.grad(classification_loss(model, batch), list(parameters.values()))
+    assert_close(g, dict(zip(parameters, expected, strict=True)), rtol=1e-9, atol=1e-12)
+
+
+def test_old_style_weight_norm_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and met in old models all the same
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)))
+    with untouched(model), pytest.raises(ValueError, match=r"must be copyable.*use torch.nn.utils.parametrizations"):
+        pure_loss(model)
+
+
+# ---------------------------------------------------------------------------------------------- batches and BatchNorm
+def test_batches_may_be_dictionaries_and_the_loss_any_use_of_the_model():
+    model, (x, y) = make(["batch norm"]), make_batch()
+
+    def loss_fn(model, batch):
+        hidden = model[0](batch["inputs"]["x"])
+        return nn.functional.mse_loss(hidden, batch["target"]) + classification_loss(model, (batch["inputs"]["x"], y))
+
+    batch = {"inputs": {"x": x}, "target": torch.ones(5, 6)}
+    with untouched(model):
+        value = pure_loss(model, loss_fn)(parameters_of(model), batch)
+    assert_close(value, loss_fn(copy.deepcopy(model).train(), batch), rtol=1e-12, atol=1e-13)
+
+
+def test_batch_statistics_are_each_groups_own_under_vmap():
+    model, random = make(["batch norm", "nested"]), torch.Generator().manual_seed(2)
+    x, y = torch.randn(3, 4, 3, generator=random), torch.randint(4, (3, 4), generator=random)
+    gradient = torch.func.grad(pure_loss(model, batch_norm="batch"))
+    params = parameters_of(model)
+    with untouched(model):
+        groups = torch.func.vmap(gradient, (None, 0))(params, (x, y))
+    for group in range(3):
+        own = {name: leaf[group] for name, leaf in groups.items()}
+        assert_close(own, gradient(params, (x[group], y[group])), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "with_batch", "with_running"),
+    [
+        (nn.BatchNorm1d(3), True, False),
+        (nn.BatchNorm1d(3, track_running_stats=False), True, True),
+        (nn.InstanceNorm1d(3), False, False),
+        (nn.LayerNorm(3), False, False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_uses_batch_statistics(layer, with_batch, with_running):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(layer))
+    assert uses_batch_statistics(model, "batch") is with_batch
+    assert uses_batch_statistics(model, "running") is with_running
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+def test_unknown_batch_norm_is_refused():
+    with pytest.raises(ValueError, match="`batch_norm` must be 'batch' or 'running', got 'train'"):
+        pure_loss(make([]), batch_norm="train")
+
+
+@pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel"])
+def test_wrapped_models_are_refused_by_the_name_of_any_base(name):
+    wrapper = type("Mine", (type(name, (nn.Module,), {}),), {})
+    with pytest.raises(TypeError, match=f"entry: `model` must not be wrapped, got {name}. Pass .*`model.module`"):
+        check_bare(wrapper(), "entry")
+
+
+def test_what_else_is_no_bare_module_is_refused():
+    with pytest.raises(TypeError, match="must not be wrapped, got DataParallel"):
+        pure_loss(nn.DataParallel(make([])))
+    with pytest.raises(TypeError, match=r"must not be compiled.*`model._orig_mod`"):
+        pure_loss(torch.compile(make([])))
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
+        pure_loss(lambda x: x)
+
+
+def test_sharded_models_are_refused():
+    class DTensor(nn.Parameter):
+        pass
+
+    model = make([])
+    model[1].weight = DTensor(model[1].weight.detach())
+    with pytest.raises(TypeError, match=r"must hold whole tensors, got the sharded tensor '1.weight'"):
+        pure_loss(model)
+
+
+# ---------------------------------------------------------------------------------------------- the first batch
+def nan_inputs(x, y):
+    return x * float("nan"), y
+
+
+BAD_BATCHES = {
+    "label too large": (lambda x, y: (x, y + 2), r"labels must lie in 0 … 3 .* got labels from 2 to 5"),
+    "label negative": (lambda x, y: (x, y - 1), r"labels must lie in 0 … 3 .* got labels from -1 to 2"),
+    "label dtype": (lambda x, y: (x, y.int()), r"must be int64 of shape \(5,\), got torch.int32"),
+    "label shape": (lambda x, y: (x, y[:, None]), r"must be int64 of shape \(5,\), got torch.int64 of shape \(5, 1\)"),
+    "not a pair": (lambda x, y: {"x": x, "y": y}, r"needs batches \(x, y\) of two tensors, got dict"),
+    "not finite": (nan_inputs, r"the loss must be finite, got nan at the first batch \(step 1\)"),
+    "device": (lambda x, y: (x.to("meta"), y), r"must be on the model's device \(cpu\), got a tensor on meta"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_BATCHES.values(), ids=BAD_BATCHES)
+def test_a_bad_first_batch_is_named(spoil, message):
+    model = make(["counter", "batch norm"], flags=0b1011)
+    with untouched(model), pytest.raises(ValueError, match=f"entry: .*{message}"):
+        check_first_batch(model, classification_loss, spoil(*make_batch()), "entry", batch_norm="batch")
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "got"),
+    [(lambda model, batch: model(batch[0]), r"a tensor of shape \(5, 4\)"), (lambda model, batch: 0.5, "float")],
+)
+def test_a_loss_that_is_no_scalar_is_named(loss_fn, got):
+    with pytest.raises(ValueError, match=f"`loss_fn` must return a scalar tensor.*got {got}"):
+        check_first_batch(make([]), loss_fn, make_batch(), "entry", batch_norm="batch")
+
+
+def test_a_model_without_logits_is_named():
+    class Dictionary(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    with pytest.raises(ValueError, match="needs a model that returns logits, got dict"):
+        check_first_batch(Dictionary(3, 4), classification_loss, make_batch(), "entry", batch_norm="batch")
+
+
+@pytest.mark.parametrize("layers", [[], ["batch norm", "counter", "dropout"]])
+def test_a_good_first_batch_passes_and_leaves_no_trace(layers):
+    model, (x, y) = make(layers, flags=0b101101), make_batch()
+    with untouched(model):
+        check_first_batch(model, classification_loss, (x, y), "entry", batch_norm="running")
+        # class probabilities are labels too
+        shares = nn.functional.one_hot(y, 4).double()
+        check_first_batch(model, classification_loss, (x, shares), "entry", batch_norm="running")
+
+
+def test_devices_are_checked_through_the_whole_batch():
+    batch = {"x": [torch.ones(2), {"mask": torch.ones(2, device="meta")}], "length": 3}
+    with pytest.raises(ValueError, match="got a tensor on meta"):
+        check_devices(make([]), batch, "entry")
+    check_devices(make([]), {"x": [torch.ones(2), "text"]}, "entry")
+
+
+# ---------------------------------------------------------------------------------------------- precision
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_full_precision_is_restored(allowed, error):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            try:
+                with full_precision(torch.device("cpu")):
+                    assert torch.is_grad_enabled()
+                    assert not torch.is_autocast_enabled("cpu")
+                    assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
+                    if error is not None:
+                        raise error
+            except ZeroDivisionError:
+                assert error is not None
+            assert not torch.is_grad_enabled()
+            assert torch.is_autocast_enabled("cpu")
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

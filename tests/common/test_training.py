@@ -1,0 +1,273 @@
+"""The ordinary training loop against one written out, and against itself interrupted."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from common.functional import classification_loss
+from common.training import TrainingConfig, classification_metrics, learning_rate_at, train
+
+STEPS = 3  # an epoch
+
+
+def make_model() -> nn.Module:
+    random = torch.Generator().manual_seed(4)
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=random)
+    return model
+
+
+def batches(epoch: int):
+    random = torch.Generator().manual_seed(100 + epoch)
+    for _ in range(STEPS):
+        yield torch.randn(6, 5, generator=random), torch.randint(3, (6,), generator=random)
+
+
+def evaluate(model: nn.Module) -> dict[str, float]:
+    return classification_metrics(model, batches(99))
+
+
+def run(model: nn.Module, config: TrainingConfig, **options):
+    given = {"train_batches": batches, "evaluate": evaluate, "steps_per_epoch": STEPS} | options
+    return train(model, given.pop("loss_fn", classification_loss), config=config, **given)
+
+
+def numbers(history):
+    """The history but for what a clock says."""
+    return [{key: value for key, value in epoch.items() if key != "seconds"} for epoch in history]
+
+
+# ---------------------------------------------------------------------------------------------- the schedule
+def check_schedule(learning_rate_at) -> None:
+    # 20 steps, a tenth of them warm-up: 1/2, 2/2, then the cosine over 18 steps, from its top
+    config = TrainingConfig(epochs=4, learning_rate=0.8, warmup=0.1)
+    rates = [learning_rate_at(step, 20, config) for step in range(20)]
+    assert rates[:3] == [0.4, 0.8, 0.8]
+    assert rates[2 + 6] == pytest.approx(0.6, rel=1e-12)  # a third of the way: ½ (1 + cos 60°) = ¾
+    assert rates[2 + 9] == pytest.approx(0.4, rel=1e-12)  # half of the way
+    assert rates[2 + 12] == pytest.approx(0.2, rel=1e-12)  # two thirds: ¼
+    # the last step is one short of zero: ½ (1 − cos 10°)
+    assert rates[-1] == pytest.approx(0.4 * (1 - math.cos(math.pi / 18)), rel=1e-9)
+    plain = TrainingConfig(epochs=4, learning_rate=0.8)
+    assert learning_rate_at(0, 20, plain) == 0.8
+    assert learning_rate_at(20, 20, plain) == pytest.approx(0, abs=1e-12)
+    assert learning_rate_at(0, 1, TrainingConfig(epochs=1, learning_rate=0.8, warmup=1.0)) == 0.8
+
+
+SCHEDULES = {
+    "no warm-up": lambda step, total, c: c.learning_rate * 0.5 * (1 + math.cos(math.pi * step / total)),
+    "warm-up from zero": lambda step, total, c: (
+        learning_rate_at(step, total, c) - (c.learning_rate / (c.warmup * total) if step < c.warmup * total else 0)
+    ),
+    "off by one": lambda step, total, c: learning_rate_at(step + 1, total, c),
+    "by epoch": lambda step, total, c: learning_rate_at(step - step % c.epochs, total, c),
+    "to half": lambda step, total, c: c.learning_rate * (0.75 + 0.25 * math.cos(math.pi * step / total)),
+}
+
+
+def test_schedule():
+    check_schedule(learning_rate_at)
+
+
+@pytest.mark.parametrize("mutant", SCHEDULES)
+def test_every_wrong_schedule_is_caught(mutant):
+    with pytest.raises(AssertionError):
+        check_schedule(SCHEDULES[mutant])
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_training_is_sgd_with_momentum_and_weight_decay(clip_norm):
+    config = TrainingConfig(
+        epochs=2, learning_rate=0.3, momentum=0.8, weight_decay=0.01, warmup=0.2, clip_norm=clip_norm
+    )
+    model, twin = make_model(), make_model()
+    result = run(model, config)
+
+    velocity = {name: torch.zeros_like(leaf) for name, leaf in twin.named_parameters()}
+    losses, step = [], 0
+    for epoch in range(2):
+        losses.append([])
+        for batch in batches(epoch):
+            loss = classification_loss(twin, batch)
+            losses[-1].append(loss.item())
+            gradient = dict(zip(velocity, torch.autograd.grad(loss, list(twin.parameters())), strict=True))
+            length = math.sqrt(sum(float((g**2).sum()) for g in gradient.values()))
+            # torch's clip_grad_norm_ adds 1e-6 to the norm it divides by
+            factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (length + 1e-6))
+            # the first of six steps is warm-up, the other five are the cosine
+            rate = 0.3 if step == 0 else 0.15 * (1 + math.cos(math.pi * (step - 1) / 5))
+            with torch.no_grad():
+                for name, leaf in twin.named_parameters():
+                    velocity[name] = 0.8 * velocity[name] + factor * gradient[name] + 0.01 * leaf
+                    leaf -= rate * velocity[name]
+            step += 1
+
+    assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-12)
+    assert [epoch["epoch"] for epoch in result.history] == [1, 2]
+    means = [sum(epoch) / STEPS for epoch in losses]
+    assert [epoch["train_loss"] for epoch in result.history] == pytest.approx(means, rel=1e-9)
+    assert result.history[-1]["test_loss"] == pytest.approx(evaluate(twin)["test_loss"], rel=1e-9)
+    assert result.seconds == sum(epoch["seconds"] for epoch in result.history) > 0
+    assert not result.diverged
+
+
+def test_epochs_are_reported_as_they_end():
+    seen = []
+    result = run(make_model(), TrainingConfig(epochs=3), on_epoch=lambda entry: seen.append(dict(entry)))
+    assert seen == result.history
+
+
+def test_the_model_trains_in_training_mode_and_in_the_layout_asked_for():
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).eval()
+    x, y = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2])
+
+    def loss_fn(model, batch):
+        assert model.training
+        return classification_loss(model, batch)
+
+    config = TrainingConfig(epochs=1, channels_last=True)
+    run(model, config, loss_fn=loss_fn, train_batches=lambda _: [(x, y)], evaluate=lambda _: {}, steps_per_epoch=1)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bfloat16_is_the_arithmetic_not_the_parameters():
+    model = make_model().float()
+    seen = []
+
+    def loss_fn(model, batch):
+        logits = model(batch[0].float())
+        seen.append(logits.dtype)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+    def evaluate(model):
+        seen.append(model(torch.ones(2, 5, dtype=torch.float32)).dtype)
+        return {}
+
+    result = run(model, TrainingConfig(epochs=2, precision="bfloat16"), loss_fn=loss_fn, evaluate=evaluate)
+    assert set(seen) == {torch.bfloat16}
+    assert {leaf.dtype for leaf in model.parameters()} == {torch.float32}
+    assert not result.diverged
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+@pytest.mark.parametrize("stopped_in", [1, 2])
+def test_a_resumed_run_is_bit_identical(tmp_path, stopped_in):
+    config = TrainingConfig(epochs=4, learning_rate=0.2, warmup=0.2, clip_norm=1.0)
+    whole = make_model()
+    expected = run(whole, config)
+
+    def failing(epoch):
+        for step, batch in enumerate(batches(epoch)):
+            if (epoch, step) == (stopped_in, 1):
+                raise KeyboardInterrupt
+            yield batch
+
+    path = tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), config, train_batches=failing, checkpoint=path)
+    assert path.exists()
+    begun, seen = [], make_model()
+    result = run(seen, config, checkpoint=path, train_batches=lambda epoch: begun.append(epoch) or batches(epoch))
+
+    assert begun == list(range(stopped_in, 4))  # the finished epochs are not run again
+    assert numbers(result.history) == numbers(expected.history)
+    for name, leaf in whole.state_dict().items():
+        assert torch.equal(seen.state_dict()[name], leaf)
+    assert list(tmp_path.iterdir()) == []  # a finished run needs no checkpoint
+
+
+def test_a_checkpoint_cut_off_while_written_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    save = torch.save
+    saved = []
+
+    def fail_second(state, file):
+        saved.append(file)
+        if len(saved) == 2:
+            file.write_bytes(b"half a file")
+            raise OSError("disk full")
+        save(state, file)
+
+    config = TrainingConfig(epochs=4)
+    expected = run(make_model(), config)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail_second)
+        with pytest.raises(OSError, match="disk full"):
+            run(make_model(), config, checkpoint=path)
+    assert numbers(run(make_model(), config, checkpoint=path).history) == numbers(expected.history)
+
+
+# ---------------------------------------------------------------------------------------------- divergence, metrics
+def test_divergence_is_a_result(tmp_path):
+    factors = iter([1.0, 1.0, 1.0, 1.0, math.inf, 1.0])  # the fifth step is in the second epoch
+
+    def loss_fn(model, batch):
+        return next(factors) * classification_loss(model, batch)
+
+    result = run(make_model(), TrainingConfig(epochs=4), loss_fn=loss_fn, checkpoint=tmp_path / "state.pt")
+    assert result.diverged
+    assert len(result.history) == 2  # the epochs that are left do not run
+    assert math.isfinite(result.history[0]["train_loss"])
+    assert not math.isfinite(result.history[1]["train_loss"])
+
+
+def check_metrics(classification_metrics) -> None:
+    # logits are the inputs; batches of 2 and 1, so that a mean of means differs from the mean
+    class Identity(nn.Identity):
+        def forward(self, x):
+            assert not self.training
+            return super().forward(x)
+
+    three, zero = math.log(3), 0.0
+    given = [
+        (torch.tensor([[three, zero], [three, zero]]), torch.tensor([0, 0])),  # −ln ¾ each, both right
+        (torch.tensor([[three, zero]]), torch.tensor([1])),  # −ln ¼, wrong
+    ]
+    model = Identity().train()
+    metrics = classification_metrics(model, given)
+    # `float()` of the logits is single precision, hence 1e-6
+    assert metrics["test_loss"] == pytest.approx((2 * math.log(4 / 3) + math.log(4)) / 3, rel=1e-6)
+    assert metrics["test_accuracy"] == pytest.approx(2 / 3, rel=1e-12)
+    assert model.training
+    classification_metrics(model.eval(), given)
+    assert not model.training
+
+
+def mean_of_means(model, given):
+    each = [classification_metrics(model, [batch]) for batch in given]
+    return {key: sum(metrics[key] for metrics in each) / len(each) for key in each[0]}
+
+
+def left_in_evaluation(model, given):
+    return classification_metrics(model.eval(), given)
+
+
+def in_training_mode(model, given):
+    model.train()
+    given = [(model(x), y) for x, y in given]
+    return classification_metrics(model, given)
+
+
+def test_metrics():
+    check_metrics(classification_metrics)
+
+
+@pytest.mark.parametrize("mutant", [mean_of_means, left_in_evaluation, in_training_mode])
+def test_every_wrong_metric_is_caught(mutant):
+    with pytest.raises(AssertionError):
+        check_metrics(mutant)
+
+
+def test_evaluation_leaves_no_gradient_and_no_statistics_behind():
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    evaluate(model)
+    assert all(torch.equal(leaf, before[name]) for name, leaf in model.state_dict().items())
+    assert all(leaf.grad is None for leaf in model.parameters())
