@@ -22,8 +22,8 @@ def gradient(loss: PureLoss, params: Params, batch: Batch) -> Params:
 
 def linearized_gradient(loss: PureLoss, params: Params, batch: Batch) -> tuple[Params, Callable[[Params], Params]]:
     """g = ∇L(θ) and the map v ↦ H v, H = ∇²L(θ), from one forward pass and one graph (reverse over reverse)."""
-    g, pull = torch.func.vjp(lambda theta: gradient(loss, theta, batch), params)
-    return g, lambda v: pull(v)[0]  # H is symmetric: its transpose's product is its own
+    g, pull = torch.func.vjp(lambda theta: gradient(loss, theta, batch), params)[:2]
+    return g, lambda v: pull(v)[0]  # H is symmetric: vᵀH is (H v)ᵀ
 
 
 def hvp(loss: PureLoss, params: Params, vector: Params, batch: Batch) -> Params:
@@ -45,6 +45,8 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[float, Batch
     if size is None:
         yield 1.0, batch
         return
+    if size < 1:
+        raise ValueError(f"micro_batches: `size` must be at least 1, got {size}.")
     lengths = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
     if len(lengths) != 1:
         raise ValueError(
@@ -65,5 +67,6 @@ def accumulate(term: Callable[[Batch], Params], batch: Batch, size: int | None) 
         total = (
             tree_map(lambda leaf, w=weight: w * leaf, value) if total is None else tree_add(total, value, scale=weight)
         )
-    assert total is not None
+    if total is None:
+        raise ValueError("accumulate: a batch must hold an example, got an empty one.")
     return total

@@ -8,8 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from rich import box
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -70,9 +69,10 @@ def _row(records: Records) -> dict[str, Any]:
 def print_report(console: Console, summary: dict[str, Any]) -> None:
     """One table a network, narrow enough for 80 columns, and what may be concluded from it."""
     for network, result in summary["networks"].items():
-        table = Table(title=f"{network}, no skips", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        title = f"\n{network}, no skip connections"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         table.add_column("start", no_wrap=True)
-        for heading in ("GQ", "lr", "epoch 1, %", "final, %", "init s", "train s"):
+        for heading in ("GQ", "lr", "epoch 1 %", "final %", "init s", "train s"):
             table.add_column(heading, justify="right", no_wrap=True)
         for arm, row in result["arms"].items():
             before, after = (_mean(row[f"gradient_quotient_{when}"]) for when in ("before", "after"))
@@ -112,7 +112,7 @@ def conclude(comparison: dict[str, Any]) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     finite = [value for value in values if value is not None]
-    return f"{mean_and_deviation(finite)[0]:.3g}" if finite else ""
+    return f"{mean_and_deviation(finite)[0]:.2g}" if finite else ""
 
 
 # ---------------------------------------------------------------------------------------------- figure
@@ -170,8 +170,8 @@ def _draw_quotients(axes: Axes, records: Records, network: str) -> None:
                 alpha=1.0 if record["seed"] == 0 else 0.5,
                 label=label,
             )
-    axes.set(yscale="log", xlabel="MetaInit step", ylabel="gradient quotient (its noise batch)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="MetaInit step", ylabel="gradient quotient (its noise batch)")
+    _log_scale(axes)
     axes.set_title(f"{network}: gradient quotient, by start", loc="left")
     axes.legend(frameon=False, title="start (thin: other seeds)")
 
@@ -188,10 +188,19 @@ def _draw_norms(axes: Axes, records: Records) -> None:
     marker = "o" if len(rescued["norms_before"]) <= 40 else None
     for label, norms, style in profiles:
         axes.plot(range(1, len(norms) + 1), list(norms.values()), label=label, marker=marker, markersize=3, **style)
-    axes.set(yscale="log", xlabel="weight tensor, from input to output", ylabel="Frobenius norm")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="weight tensor, from input to output", ylabel="Frobenius norm")
+    _log_scale(axes)
     axes.set_title("Norms per layer (first seed)", loc="left")
     axes.legend(frameon=False)
+
+
+def _log_scale(axes: Axes) -> None:
+    """A log axis labelled with plain numbers at 1, 2 and 5; whole steps along x."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_training(axes: Axes, records: Records, rows: dict[str, Any]) -> None:

@@ -21,8 +21,14 @@ def sequences(seed: int = 0, size: int = 5) -> tuple[Tensor, Tensor]:
 
 def conv(norm: nn.Module | None = None, activation: type[nn.Module] = nn.Tanh) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), norm or nn.Identity(), activation(), nn.Conv2d(4, 3, 2), activation(), nn.Flatten(), nn.Linear(6, 3)
-    )  # fmt: skip
+        nn.Conv2d(2, 4, 3),
+        norm or nn.Identity(),
+        activation(),
+        nn.Conv2d(4, 3, 2),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
 
 
 class Tied(nn.Module):
@@ -55,18 +61,27 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0].flatten(1))
 
 
+def weight_norm() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), parametrizations.weight_norm(nn.Linear(24, 5)), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, activation="gelu")
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(24, CLASSES))
+
+
 NETWORKS = {
     "plain": (conv, images),
     "batch norm": (lambda: conv(nn.BatchNorm2d(4)), images),
     "layer norm": (lambda: conv(nn.LayerNorm([4, 3, 2])), images),
     "instance norm": (lambda: conv(nn.InstanceNorm2d(4, affine=True)), images),
     "group norm": (lambda: conv(nn.GroupNorm(2, 4)), images),
-    "weight norm": (lambda: nn.Sequential(nn.Flatten(), parametrizations.weight_norm(nn.Linear(24, 5)), nn.Tanh(), nn.Linear(5, CLASSES)), sequences),
+    "weight norm": (weight_norm, sequences),
     "tied": (Tied, sequences),
     "attention": (Attention, sequences),
-    "transformer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, activation="gelu"), nn.Flatten(), nn.Linear(24, CLASSES)), sequences),
+    "transformer": (transformer, sequences),
     "lstm": (Recurrent, sequences),
-}  # fmt: skip
+}
 
 
 def make(name: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

@@ -1,7 +1,8 @@
-"""MetaInit's loop: the update's closed form, invariants I11–I16, what the user's model is left with, and every error."""
+"""MetaInit's loop: the update in closed form, invariants I11–I16, what is left of the user's model, and every error."""
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from torch.testing import assert_close
 from common.functional import parameters_of, pure_loss
 from common.initializers import kaiming_, scale_weights_
 from common.networks import make_network
-from papers.metainit import gradient_quotient, meta_gradient, metainit, noise_batches, sign_momentum_step, tunable_tensors
+from papers.metainit import (
+    gradient_quotient,
+    metainit,
+    noise_batches,
+    sign_momentum_step,
+    tunable_tensors,
+)
 from tests.papers.metainit.networks import Tied, make, sequences
 
 QUIET = {"progress": False}
@@ -22,7 +29,7 @@ QUIET = {"progress": False}
 def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), activation())]
+        layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), activation())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -145,7 +152,9 @@ def check_figure_2(implementation, **options):
     lr, mu, steps, epsilon = 0.1, 0.9, 6, 1e-5
     model = mlp(4, 6, 5, 3)
     reference = copy.deepcopy(model)
-    batches = [(torch.randn(7, 4, generator=torch.Generator().manual_seed(i)), torch.arange(7) % 3) for i in range(steps)]
+    batches = [
+        (torch.randn(7, 4, generator=torch.Generator().manual_seed(i)), torch.arange(7) % 3) for i in range(steps)
+    ]
     momenta = {name: 0.0 for name, p in reference.named_parameters() if p.ndim >= 2}
     for x, y in batches:
         parameters = dict(reference.named_parameters())
@@ -153,7 +162,8 @@ def check_figure_2(implementation, **options):
         g = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
         Hg = torch.autograd.grad(sum((t**2).sum() / 2 for t in g), list(parameters.values()), create_graph=True)
         total = sum(
-            ((a - b) / (a + epsilon * torch.where(a >= 0, 1.0, -1.0)) - 1).abs().sum() for a, b in zip(g, Hg, strict=True)
+            ((a - b) / (a + epsilon * torch.where(a >= 0, 1.0, -1.0)) - 1).abs().sum()
+            for a, b in zip(g, Hg, strict=True)
         )
         gq = total / sum(t.numel() for t in parameters.values())
         G = dict(zip(parameters, torch.autograd.grad(gq, list(parameters.values())), strict=True))
@@ -329,7 +339,9 @@ def test_deterministic_given_the_generator_whatever_the_global_seed():
     results = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
-        results.append(metainit(mlp(4, 6, 3), input_shape=(4,), steps=3, generator=torch.Generator().manual_seed(3), **QUIET))
+        results.append(
+            metainit(mlp(4, 6, 3), input_shape=(4,), steps=3, generator=torch.Generator().manual_seed(3), **QUIET)
+        )
     assert results[0] == results[1]
     other = metainit(mlp(4, 6, 3), input_shape=(4,), steps=3, generator=torch.Generator().manual_seed(4), **QUIET)
     assert other.history != results[0].history
@@ -376,7 +388,9 @@ def test_history_progress_and_callback(capsys):
     assert seen == result.history
     assert [entry["step"] for entry in result.history] == [1, 2, 3]
     assert [entry["lr"] for entry in result.history] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
-    assert {"gradient_quotient", "live_gradient_quotient", "dead_fraction", "gradient_norm", "sign_flips"} <= set(seen[0])
+    assert {"gradient_quotient", "live_gradient_quotient", "dead_fraction", "gradient_norm", "sign_flips"} <= set(
+        seen[0]
+    )
     metainit(mlp(4, 6, 3), input_shape=(4,), steps=1, **QUIET)
     capsys.readouterr()
 
@@ -401,45 +415,44 @@ def test_one_device_synchronisation_a_step(monkeypatch):
     assert (totals[1] - totals[0]) / 3 <= 1
 
 
-# ------------------------------------------------------------------------------- errors; the model is bit-identical after each
+# ------------------------------------------------------------------------------- errors: bit-identical after each
 def nan_at(step: int):
-    x, y = torch.randn(5, 4), torch.arange(5) % 3
     for t in range(1, 100):
-        yield (x * math.nan if t == step else x), y
+        yield (X * math.nan if t == step else X), torch.arange(5) % 3
 
 
+X = torch.ones(5, 4, dtype=torch.float64)
 BAD_OPTIONS = [
-    ({"steps": 0}, ValueError, r"`steps` must be a positive whole number, got 0"),
-    ({"steps": -3}, ValueError, r"`steps` must be a positive whole number, got -3"),
-    ({"lr": 0.0}, ValueError, r"`lr` must be positive and finite, got 0.0"),
-    ({"lr": math.nan}, ValueError, r"`lr` must be positive and finite, got nan"),
-    ({"epsilon": -1e-5}, ValueError, r"`epsilon` must be positive and finite, got -1e-05"),
-    ({"eta": 0.0}, ValueError, r"`eta` must be positive"),
-    ({"momentum": 1.0}, ValueError, r"`momentum` must lie in \[0, 1\), got 1.0"),
-    ({"minimum_ratio": 1.5}, ValueError, r"`minimum_ratio` must lie in \(0, 1\), got 1.5"),
-    ({"form": "second"}, ValueError, r"`form` must be 'taylor' or 'step', got 'second'"),
-    ({"update": "adam"}, ValueError, r"`update` must be 'linear' or 'log', got 'adam'"),
-    ({"micro_batch_size": 0}, ValueError, r"`micro_batch_size` must be a positive whole number, got 0"),
-    ({"batch_norm": "frozen"}, ValueError, r"`batch_norm` must be 'batch' or 'running', got 'frozen'"),
-    ({"batches": None, "input_shape": None}, ValueError, r"`input_shape` .* must be given"),
-    ({"batches": [(torch.ones(5, 4, dtype=torch.float64), torch.full((5,), 7))]}, ValueError, r"labels must lie in 0 … 2 .* got labels from 7 to 7"),
-    ({"batches": [(torch.ones(5, 4, dtype=torch.float64), torch.full((5,), -1))]}, ValueError, r"got labels from -1 to -1"),
-    ({"batches": [{"x": torch.ones(5, 4)}]}, ValueError, r"needs batches \(x, y\) of two tensors, got dict"),
-    ({"batches": [(torch.ones(5, 4, device="meta"), torch.zeros(5, device="meta"))]}, ValueError, r"must be on the model's device \(cpu\), got a tensor on meta"),
-    ({"batches": nan_at(1)}, ValueError, r"the loss must be finite, got nan at the first batch \(step 1\)"),
-    ({"batches": nan_at(3), "steps": 5}, ValueError, r"gradient quotient must be finite, got nan at step 3"),
-    ({"loss_fn": lambda model, batch: model(batch[0])}, ValueError, r"must return a scalar tensor.* got a tensor of shape \(5, 3\)"),
-]  # fmt: skip
+    ({"steps": 0}, r"`steps` must be a positive whole number, got 0"),
+    ({"steps": -3}, r"`steps` must be a positive whole number, got -3"),
+    ({"lr": 0.0}, r"`lr` must be positive and finite, got 0.0"),
+    ({"lr": math.nan}, r"`lr` must be positive and finite, got nan"),
+    ({"epsilon": -1e-5}, r"`epsilon` must be positive and finite, got -1e-05"),
+    ({"eta": 0.0}, r"`eta` must be positive"),
+    ({"momentum": 1.0}, r"`momentum` must lie in \[0, 1\), got 1.0"),
+    ({"minimum_ratio": 1.5}, r"`minimum_ratio` must lie in \(0, 1\), got 1.5"),
+    ({"form": "second"}, r"`form` must be 'taylor' or 'step', got 'second'"),
+    ({"update": "adam"}, r"`update` must be 'linear' or 'log', got 'adam'"),
+    ({"micro_batch_size": 0}, r"`micro_batch_size` must be a positive whole number, got 0"),
+    ({"batch_norm": "frozen"}, r"`batch_norm` must be 'batch' or 'running', got 'frozen'"),
+    ({"batches": None, "input_shape": None}, r"`input_shape` .* must be given"),
+    ({"batches": [(X, torch.full((5,), 7))]}, r"labels must lie in 0 … 2 .* got labels from 7 to 7"),
+    ({"batches": [(X, torch.full((5,), -1))]}, r"got labels from -1 to -1"),
+    ({"batches": [{"x": X}]}, r"needs batches \(x, y\) of two tensors, got dict"),
+    ({"batches": [(X.to("meta"), X.to("meta"))]}, r"on the model's device \(cpu\), got a tensor on meta"),
+    ({"batches": nan_at(1)}, r"the loss must be finite, got nan at the first batch \(step 1\)"),
+    ({"batches": nan_at(3), "steps": 5}, r"gradient quotient must be finite, got nan at step 3"),
+    ({"loss_fn": lambda model, batch: model(batch[0])}, r"a scalar tensor.* got a tensor of shape \(5, 3\)"),
+]
 
 
-@pytest.mark.parametrize(("options", "kind", "message"), BAD_OPTIONS, ids=[str(i) for i in range(len(BAD_OPTIONS))])
-def test_bad_options(options, kind, message):
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(i) for i in range(len(BAD_OPTIONS))])
+def test_bad_options(options, message):
     model = mlp(4, 6, 3)
+    options = {"batches": [(X, torch.arange(5) % 3)]} | options | QUIET
     before = state_of(model)
-    options = {"batches": [(torch.randn(5, 4, generator=torch.Generator()), torch.arange(5) % 3)]} | options | QUIET
-    with pytest.raises(kind, match=message):
+    with pytest.raises(ValueError, match=message):
         metainit(model, **options)
-    before[-1] = torch.get_rng_state()  # the parametrisation above drew from it
     assert_same_state(model, before)
 
 
@@ -449,7 +462,7 @@ def test_nothing_to_tune():
     model = mlp(4, 3)
     with torch.no_grad():
         model[0].weight.zero_()
-    with pytest.raises(ValueError, match="got none: 0.weight, its norm is zero"):
+    with pytest.raises(ValueError, match=r"got none: 0\.weight, its norm is zero"):
         metainit(model, input_shape=(4,), **QUIET)
 
 
@@ -460,7 +473,7 @@ def test_wrapped_models_are_refused():
     for wrapped, what in ((nn.DataParallel(mlp(4, 3)), "DataParallel"), (DistributedDataParallel(), "Distributed")):
         with pytest.raises(TypeError, match=rf"must not be wrapped, got {what}.*`model.module`"):
             metainit(wrapped, input_shape=(4,), **QUIET)
-    with pytest.raises(TypeError, match="must be an nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
         metainit(lambda x: x, input_shape=(4,), **QUIET)
 
 

@@ -41,11 +41,15 @@ def central(f: Callable[[float], Tensor], h: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- checks of the value
-THETA = {"w": torch.tensor([[0.5, -2.0, 0.75], [1.5, -0.25, -1.0]], dtype=torch.float64), "b": torch.tensor([3.0], dtype=torch.float64)}  # fmt: skip
+THETA = {
+    "w": torch.tensor([[0.5, -2.0, 0.75], [1.5, -0.25, -1.0]], dtype=torch.float64),
+    "b": torch.tensor([3.0], dtype=torch.float64),
+}
 
 
 def check_isotropic_quadratic(gq):
-    # L = λ/2‖θ‖²: g = λθ, Hg = λ²θ, so each term is (λ²|θ| + ε)/(λ|θ| + ε). ε > 0 on purpose: at ε = 0 a flipped Hg survives
+    # L = λ/2‖θ‖²: g = λθ, Hg = λ²θ, so each term is (λ²|θ| + ε)/(λ|θ| + ε).
+    # ε > 0 on purpose: at ε = 0 a flipped Hg survives
     lam, eps = 0.3, 0.1
     size = torch.cat([leaf.abs().flatten() for leaf in THETA.values()])
     loss = lambda t, _: lam / 2 * sum((leaf**2).sum() for leaf in t.values())
@@ -100,7 +104,14 @@ def check_dense_oracle(gq):
     assert_close(gq(loss, theta, batch, epsilon=eps), expected, rtol=1e-9, atol=0)
 
 
-VALUE_CHECKS = [check_isotropic_quadratic, check_indefinite_quadratic, check_linear_loss, check_dead_entries, check_two_layer_scalar, check_dense_oracle]  # fmt: skip
+VALUE_CHECKS = [
+    check_isotropic_quadratic,
+    check_indefinite_quadratic,
+    check_linear_loss,
+    check_dead_entries,
+    check_two_layer_scalar,
+    check_dense_oracle,
+]
 
 
 def quotient_with(term: Callable[[Tensor, Tensor, float], Tensor], reduce=tree_mean):
@@ -497,7 +508,9 @@ def test_relu_chain_shares_one_inner_product_and_obeys_euler(seed):
     # I8: without biases ⟨θ_l, g_l⟩ is the same for all l, and (Hθ_l)_l = ∇_l⟨θ_l, g_l⟩ − g_l
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(3, 8, False), nn.ReLU(), nn.Linear(8, 7, False), nn.ReLU(), nn.Linear(7, 2, False))
+        model = nn.Sequential(
+            nn.Linear(3, 8, False), nn.ReLU(), nn.Linear(8, 7, False), nn.ReLU(), nn.Linear(7, 2, False)
+        )
     batch = (torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)), torch.arange(6) % 2)
     theta, loss = parameters_of(model), pure_loss(model)
     g = gradient(loss, theta, batch)

@@ -1,0 +1,193 @@
+"""The command end to end, from a subprocess: complete, cut off and resumed, and what it says to mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from common.record import Run
+from reproduce.metainit_cifar10 import ARMS, PRESETS
+from reproduce.metainit_report import conclude
+from tests.conftest import ROOT
+
+COMMAND = [sys.executable, "-m", "reproduce.metainit_cifar10", "--preset", "smoke", "--device", "cpu", "--quiet"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+ENVIRONMENT.pop("LEARNED_INIT_DATA", None)
+
+
+def run_command(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *options], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def records_of(folder: Path) -> list[dict]:
+    """The records, without what a clock put there."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+        return [timeless(item) for item in value] if isinstance(value, list) else value
+
+    return [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("complete") / "run"
+    done = run_command("--data", "digits", "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_leaves_its_folder(complete):
+    folder, _ = complete
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "environment.json", "metrics.jsonl", "summary.json", "figure.png", "scales.safetensors"
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    arms = summary["networks"]["plain-5-4"]["arms"]
+    assert list(arms) == [arm.name for arm in ARMS]
+    for arm in ARMS:
+        row = arms[arm.name]
+        assert len(row["test_accuracy"]) == (2 if arm.carries_claim else 1)
+        assert all(0 <= value <= 1 for value in row["test_accuracy"])
+        assert bool(row["gradient_quotient_after"]) == arm.metainit
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_screen_says_what_was_used_and_fits_80_columns(complete):
+    _, screen = complete
+    assert "scikit-learn digits (embedded), 8×8 grey" in " ".join(screen.split())
+    assert all(len(line) <= 80 for line in screen.splitlines())
+    assert "…" not in screen  # nothing was cut to fit
+    assert all(arm.name in screen for arm in ARMS)
+    assert "t-interval" in screen
+
+
+def test_the_scales_are_those_of_the_records(complete):
+    folder, _ = complete
+    scales = load_file(folder / "scales.safetensors")
+    recorded = {
+        f"{record['network']}/{record['arm']}/{record['seed']}/{name}": scale
+        for record in records_of(folder)
+        for name, scale in record.get("scales", {}).items()
+    }
+    assert scales.keys() == recorded.keys()
+    assert all(scales[key].item() == pytest.approx(recorded[key], rel=1e-6) for key in recorded)
+
+
+def test_norms_after_are_norms_before_times_scales(complete):
+    folder, _ = complete
+    tuned = [record for record in records_of(folder) if "scales" in record]
+    assert tuned
+    for record in tuned:
+        for name, scale in record["scales"].items():
+            assert record["norms_after"][name] == pytest.approx(scale * record["norms_before"][name], rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path, sign):
+    folder = tmp_path / "run"
+    options = ["--data", "digits", "--output", str(folder)]
+    process = subprocess.Popen(
+        [*COMMAND, *options], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    if sign == signal.SIGINT:
+        assert process.returncode == 130
+        assert "goes on from here" in errors
+    assert not Run(folder, []).is_complete
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "training", "arm": "Kaim')  # a line that was being written
+    finished_before = len(records_of_whole_lines(metrics))
+    assert finished_before < len(records_of(complete[0]))
+    done = run_command(*options)
+    assert done.returncode == 0, done.stderr
+    assert Run(folder, []).is_complete
+    assert records_of(folder) == records_of(complete[0])
+
+
+def records_of_whole_lines(path: Path) -> list[str]:
+    return path.read_text("utf-8").split("\n")[:-1]
+
+
+def test_a_complete_run_asked_for_again_computes_nothing(complete):
+    folder, _ = complete
+    before = (folder / "metrics.jsonl").read_bytes()
+    done = run_command("--data", "digits", "--output", str(folder))
+    assert done.returncode == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+MISTAKES = [
+    (["--preset", "huge"], "quick"),  # tyro lists what there is
+    (["--stepz", "3"], "--steps"),
+    (["--steps", "0"], "`steps` must be a positive whole number, got 0"),
+    (["--networks", "lenet"], "make_network: `name` must be one of"),
+    (["--activation", "wiggle"], "wiggle"),
+    (["--data-dir", "{tmp}/nowhere"], "nowhere"),
+    (["--validation-images", "5000"], "`validation_images` must leave a batch"),
+    (["--output", "{tmp}/file/run"], "must be writable"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[options[0] for options, _ in MISTAKES])
+def test_mistakes_end_in_a_sentence(tmp_path, options, message):
+    (tmp_path / "file").touch()
+    options = [option.format(tmp=tmp_path) for option in options]
+    base = [] if "--output" in options else ["--output", str(tmp_path / "run")]
+    base += [] if "--data-dir" in options else ["--data", "digits"]
+    done = run_command(*base, *options)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_another_configuration_in_the_same_folder_is_refused(complete):
+    done = run_command("--data", "digits", "--output", str(complete[0]), "--steps", "5")
+    assert done.returncode == 2
+    assert "got other values of steps" in " ".join(done.stderr.split())
+
+
+def test_help_names_the_presets_defaults():
+    done = run_command("--help")
+    assert done.returncode == 0
+    assert "(default: 4)" in " ".join(done.stdout.split())  # smoke's number of MetaInit steps
+
+
+def test_on_real_data(real_data, tmp_path):
+    done = run_command("--data", "cifar10", "--data-dir", str(real_data), "--output", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "CIFAR-10 from the local folder 'cifar10'" in " ".join(done.stdout.split())
+
+
+def test_presets_are_what_they_say():
+    assert all(config.preset == name for name, config in PRESETS.items())
+    assert PRESETS["quick"].seeds >= 3
+    assert PRESETS["paper"].networks == ("wrn-28-10", "resnet110")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.01, 0.03, "higher"), (-0.03, -0.01, "lower"), (-0.01, 0.03, "no difference shown")]
+)
+def test_no_claim_without_an_interval(low, high, verdict):
+    comparison = {"arm": "a", "against": "b", "difference": 0.01, "low": low, "high": high, "pairs": 3}
+    assert verdict in conclude(comparison)
+    one_seed = comparison | {"low": float("-inf"), "high": float("inf"), "pairs": 1}
+    assert "no conclusion" in conclude(one_seed)
