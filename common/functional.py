@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from common.exact import exact_derivatives
-from common.types import Batch, Params, PureLoss, UserLoss
+from common.types import Batch, NotFiniteError, Params, PureLoss, UserLoss
 
 BatchNormMode = Literal["batch", "running"]
 
@@ -219,7 +219,7 @@ def check_first_batch(
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{caller}: `loss_fn` must return a scalar tensor, the mean over examples, got {got}.")
     if not value.isfinite():
-        raise ValueError(
+        raise NotFiniteError(
             f"{caller}: the loss must be finite, got {value.item()} at the first batch (step 1). Likely causes: "
             "weights so large that activations overflow (scale them down, or use float64), or a batch that holds NaN."
         )

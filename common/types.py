@@ -19,6 +19,10 @@ PureLoss = Callable[[Params, Batch], Tensor]
 """`loss(params, batch)`: the same number, touching nothing but its arguments."""
 
 
+class NotFiniteError(ValueError):
+    """A loss or a derivative overflowed, or was NaN: of the weights or the data, not of a wrong option."""
+
+
 @dataclass(frozen=True)
 class InitResult:
     """What an initialiser did to a model.

@@ -24,7 +24,7 @@ from common.functional import classification_loss, load_parameters_, parameters_
 from common.networks import gain_of, make_network
 from common.record import Run, device_name, open_run, write_environment
 from common.training import TrainingConfig, classification_metrics, train
-from common.types import Batch
+from common.types import Batch, NotFiniteError
 from data import ImageData, ImageSplit, epoch_batches, evaluation_batches, load_images
 from papers.metainit import gradient_quotient, metainit, noise_batches
 from reproduce.command import end_well, make_progress, parse
@@ -225,7 +225,7 @@ def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits
         num_classes=splits.data.num_classes,
         **({} if network.startswith("vgg") else options),
     ).to(splits.train.images.device)
-    generator = torch.Generator(splits.train.images.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
     arm.start(model, config, next(splits.batches(splits.train, 256)), generator)
     return model
 
@@ -268,21 +268,24 @@ def run_initialisation(
     }
     if arm.metainit:
         start = time.perf_counter()
-        result = metainit(
-            model,
-            steps=config.steps,
-            lr=config.meta_learning_rate,
-            momentum=config.momentum,
-            update=config.update,
-            linear_decay=config.linear_decay,
-            form=config.form,
-            micro_batch_size=config.micro_batch_size,
-            input_shape=shape_of(splits),
-            batch_size=config.noise_batch_size,
-            generator=torch.Generator().manual_seed(seed),
-            on_step=on_step,
-            progress=False,
-        )
+        try:
+            result = metainit(
+                model,
+                steps=config.steps,
+                lr=config.meta_learning_rate,
+                momentum=config.momentum,
+                update=config.update,
+                linear_decay=config.linear_decay,
+                form=config.form,
+                micro_batch_size=config.micro_batch_size,
+                input_shape=shape_of(splits),
+                batch_size=config.noise_batch_size,
+                generator=torch.Generator().manual_seed(seed),
+                on_step=on_step,
+                progress=False,
+            )
+        except NotFiniteError as error:  # a start too bad for MetaInit is a result
+            return record | {"seconds": seconds + time.perf_counter() - start, "failed": str(error)}
         seconds += time.perf_counter() - start
         record |= {
             "gradient_quotient_after": measure_quotient(config, model, splits, seed),
@@ -411,6 +414,8 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
                     kind="initialisation",
                     **key,
                 )
+                if "failed" in start:
+                    continue
                 rates = config.learning_rates if seed == 0 else (best[arm.name],)
                 trained = {}
                 for rate in rates:

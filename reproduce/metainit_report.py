@@ -31,27 +31,30 @@ def summarise(records: Records, arms: Sequence[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {"networks": {}}
     for network in networks:
         rows = {arm: _row([r for r in records if r["network"] == network and r["arm"] == arm]) for arm in arms}
-        comparisons = []
-        for arm, other in RESCUES:
-            low, high = paired_interval(rows[arm]["test_accuracy"], rows[other]["test_accuracy"])
-            difference, _ = mean_and_deviation(
-                [a - b for a, b in zip(rows[arm]["test_accuracy"], rows[other]["test_accuracy"], strict=True)]
-            )
-            pairs = len(rows[arm]["test_accuracy"])
-            comparisons.append(
-                {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": pairs}
-            )
+        comparisons = [_compare(rows, arm, other) for arm, other in RESCUES]
         summary["networks"][network] = {"arms": rows, "comparisons": comparisons}
     return summary
+
+
+def _compare(rows: dict[str, Any], arm: str, other: str) -> dict[str, Any]:
+    """Final test accuracy of one arm minus another's, over the seeds that both were trained with."""
+    after, before = (dict(zip(rows[name]["seeds"], rows[name]["test_accuracy"], strict=True)) for name in (arm, other))
+    seeds = sorted(after.keys() & before.keys())
+    pairs = [after[seed] for seed in seeds], [before[seed] for seed in seeds]
+    low, high = paired_interval(*pairs)
+    difference = mean_and_deviation([a - b for a, b in zip(*pairs, strict=True)])[0] if seeds else math.nan
+    return {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": len(seeds)}
 
 
 def _row(records: Records) -> dict[str, Any]:
     starts = [record for record in records if record["kind"] == "initialisation"]
     trainings = [record for record in records if record["kind"] == "training"]
     grid = [record for record in trainings if record["seed"] == 0]
-    best = max(grid, key=lambda record: record["history"][-1]["validation_accuracy"])["learning_rate"]
+    # none was trained where MetaInit met numbers that are not finite
+    best = max(grid, key=lambda record: record["history"][-1]["validation_accuracy"])["learning_rate"] if grid else None
     kept = sorted((r for r in trainings if r["learning_rate"] == best), key=lambda record: record["seed"])
     return {
+        "failed": [record["failed"] for record in starts if "failed" in record],
         "learning_rate": best,
         "seeds": [record["seed"] for record in kept],
         "gradient_quotient_before": [record["gradient_quotient_before"] for record in starts],
@@ -59,7 +62,7 @@ def _row(records: Records) -> dict[str, Any]:
         "first_epoch_accuracy": [record["history"][0]["test_accuracy"] for record in kept],
         "test_accuracy": [record["history"][-1]["test_accuracy"] for record in kept],
         "initialisation_seconds": mean_and_deviation([record["seconds"] for record in starts])[0],
-        "training_seconds": mean_and_deviation([record["seconds"] for record in kept])[0],
+        "training_seconds": mean_and_deviation([record["seconds"] for record in kept])[0] if kept else None,
         "diverged": sum(record["diverged"] for record in trainings),
         "trainings": len(trainings),
     }
@@ -76,6 +79,9 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
             table.add_column(heading, justify="right", no_wrap=True)
         for arm, row in result["arms"].items():
             before, after = (_mean(row[f"gradient_quotient_{when}"]) for when in ("before", "after"))
+            if row["learning_rate"] is None:
+                table.add_row(arm, before, "", "", "failed", f"{row['initialisation_seconds']:.1f}")
+                continue
             table.add_row(
                 arm,
                 f"{before} → {after}" if after else before,
@@ -88,6 +94,9 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         console.print(table)
         for comparison in result["comparisons"]:
             console.print(conclude(comparison), highlight=False)
+        for arm, row in result["arms"].items():
+            for message in dict.fromkeys(row["failed"]):
+                console.print(f"{arm} failed. {message}", highlight=False, markup=False)
         lost = {arm: row["diverged"] for arm, row in result["arms"].items() if row["diverged"]}
         if lost:
             console.print("Diverged: " + ", ".join(f"{count} of {arm}" for arm, count in lost.items()) + ".")
@@ -104,6 +113,8 @@ def conclude(comparison: dict[str, Any]) -> str:
     """No claim without an interval that carries it."""
     difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
     what = f"{comparison['arm']} against {comparison['against']}: {difference:+.1f} points"
+    if comparison["pairs"] == 0:
+        return f"{comparison['arm']} against {comparison['against']}: nothing to compare."
     if not math.isfinite(low):
         return f"{what} (one seed: no interval, no conclusion)."
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
@@ -178,16 +189,14 @@ def _draw_quotients(axes: Axes, records: Records, network: str) -> None:
 
 def _draw_norms(axes: Axes, records: Records) -> None:
     starts = {r["arm"]: r for r in records if r["kind"] == "initialisation" and r["seed"] == 0}
-    rescued = starts["Kaiming × ¼ + MetaInit"]
-    profiles = (
-        ("Kaiming × ¼", rescued["norms_before"], _style("Kaiming × ¼")),
-        ("after MetaInit", rescued["norms_after"], _style("Kaiming × ¼ + MetaInit")),
-        ("Kaiming", starts["Kaiming"]["norms_before"], _style("Kaiming")),
-        ("Kaiming after MetaInit", starts["Kaiming + MetaInit"]["norms_after"], _style("Kaiming + MetaInit")),
-    )
-    marker = "o" if len(rescued["norms_before"]) <= 40 else None
-    for label, norms, style in profiles:
-        axes.plot(range(1, len(norms) + 1), list(norms.values()), label=label, marker=marker, markersize=3, **style)
+    for base in ("Kaiming × ¼", "Kaiming"):
+        tuned = starts[f"{base} + MetaInit"]
+        before, after = starts[base]["norms_before"], tuned.get("norms_after")
+        marker = "o" if len(before) <= 40 else None
+        for arm, norms in ((base, before), (f"{base} + MetaInit", after)):
+            if norms is not None:
+                x, y = range(1, len(norms) + 1), list(norms.values())
+                axes.plot(x, y, label=arm, marker=marker, markersize=3, **_style(arm))
     axes.set(xlabel="weight tensor, from input to output", ylabel="Frobenius norm")
     _log_scale(axes)
     axes.set_title("Norms per layer (first seed)", loc="left")
@@ -205,6 +214,8 @@ def _log_scale(axes: Axes) -> None:
 
 def _draw_training(axes: Axes, records: Records, rows: dict[str, Any]) -> None:
     for arm, row in rows.items():
+        if row["learning_rate"] is None:
+            continue
         curves = [
             [entry["test_accuracy"] for entry in record["history"]]
             for record in records

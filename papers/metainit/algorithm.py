@@ -29,7 +29,7 @@ from common.functional import (
     uses_batch_statistics,
 )
 from common.tree import tree_dots, tree_norms
-from common.types import Batch, InitResult, Params, UserLoss
+from common.types import Batch, InitResult, NotFiniteError, Params, UserLoss
 from papers.metainit.objective import Form, meta_gradient
 
 Update = Literal["linear", "log"]
@@ -194,8 +194,9 @@ def metainit(
 
     Raises:
         TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`).
-        ValueError: An option out of range; nothing to tune; batches that do not fit the model or end too soon; a loss
-            or meta-gradient that is not finite, with the step at which it happened.
+        ValueError: An option out of range; nothing to tune; batches that do not fit the model or end too soon.
+        NotFiniteError: A loss, quotient or meta-gradient that is not finite, with the step at which it happened (a
+            ValueError too).
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -278,14 +279,14 @@ def _to_host(step: int, metrics: dict[str, Tensor], slopes: Tensor, tuned: list[
     numbers = torch.cat([torch.stack([value.to(slopes.dtype) for value in metrics.values()]), slopes]).tolist()
     entry = dict(zip(metrics, numbers, strict=False))
     if not math.isfinite(entry["gradient_quotient"]):
-        raise ValueError(
+        raise NotFiniteError(
             f"metainit: the gradient quotient must be finite, got {entry['gradient_quotient']} at step {step}. Likely "
             "causes: gradients that overflow (start from smaller weights, use form='taylor', update='log' or float64), "
             "or a batch that holds NaN. The model is unchanged."
         )
     broken = [name for name, slope in zip(tuned, numbers[len(metrics) :], strict=True) if not math.isfinite(slope)]
     if broken:
-        raise ValueError(
+        raise NotFiniteError(
             f"metainit: the meta-gradient must be finite, got none at step {step} for {', '.join(broken[:3])}"
             f"{' and others' if len(broken) > 3 else ''}. Likely cause: third derivatives that overflow in "
             "this precision (start from smaller weights, or use float64). The model is unchanged."
