@@ -34,9 +34,9 @@ def tree_norms(tree: Params, names: Iterable[str] | None = None) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(tree[name]) for name in names])
 
 
-def tree_mean(tree: Params) -> Tensor:
-    """The mean over every entry of every tensor: 1/N Σ_i."""
-    return torch.stack([leaf.sum() for leaf in tree.values()]).sum() / numel(tree)
+def flatten(tree: Params) -> Tensor:
+    """Every entry of every tensor as one vector of N scalars: what an equation over all of θ is written on."""
+    return torch.cat([leaf.flatten() for leaf in tree.values()])
 
 
 def numel(tree: Params) -> int:

@@ -123,7 +123,7 @@ PRESETS = {
         meta_learning_rate=0.03,
         linear_decay=True,
         learning_rates=(0.3, 0.1, 0.03),
-        epochs=5,
+        epochs=4,
         batch_size=64,
     ),
     "paper": Config(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.derivatives import accumulate, gradient, hvp, linearized_gradient
-from common.tree import numel, tree_add, tree_map, tree_mean, tree_vdot
+from common.tree import flatten, numel, tree_add, tree_map, tree_vdot
 from common.types import Batch, Params, PureLoss
 
 Form = Literal["taylor", "step"]
@@ -87,7 +87,7 @@ def gradient_quotient(
         Dauphin & Schoenholz 2019, Eq. (1) and Figure 2.
     """
     g, c = gradient_and_change(loss, theta, batch, form=form, eta=eta)
-    return tree_mean(tree_map(lambda g, c: relative_change(g, c, epsilon=epsilon), g, c))
+    return relative_change(flatten(g), flatten(c), epsilon=epsilon).mean()
 
 
 # ---------------------------------------------------------------------------------------------- its gradient
@@ -135,27 +135,23 @@ def _fused(
     # The outermost derivative is plain autograd: torch.func.grad would keep a fourth-order graph nobody asked for.
     theta = {name: leaf.detach().requires_grad_(name in names) for name, leaf in theta.items()}
     g, c = gradient_and_change(loss, theta, batch, form=form, eta=eta)
-    quotient = tree_mean(tree_map(lambda g, c: relative_change(g, c, epsilon=epsilon), g, c))
+    change = relative_change(flatten(g), flatten(c), epsilon=epsilon)
     # materialize_grads: a tensor the loss never uses has zero gradient, not None
-    grads = torch.autograd.grad(quotient, [theta[name] for name in names], materialize_grads=True)
-    return dict(zip(names, grads, strict=True)), diagnostics(g, c, epsilon=epsilon)
+    grads = torch.autograd.grad(change.mean(), [theta[name] for name in names], materialize_grads=True)
+    return dict(zip(names, grads, strict=True)), diagnostics(flatten(g), change)
 
 
 @torch.no_grad()
-def diagnostics(g: Params, c: Params, *, epsilon: float) -> Metrics:
-    """GQ, its mean over live entries (g ≠ 0), the share of dead ones, and ‖g‖₂."""
-    g, c = tree_map(torch.detach, g), tree_map(torch.detach, c)
-    change = tree_map(lambda g, c: relative_change(g, c, epsilon=epsilon), g, c)
-    live = tree_map(lambda g: (g != 0).to(g.dtype), g)
-    alive = tree_mean(live)
+def diagnostics(g: Float[Tensor, "n"], change: Float[Tensor, "n"]) -> Metrics:
+    """GQ, its mean over live entries (g ≠ 0), the share of dead ones, and ‖g‖₂, from all entries as one vector."""
+    live = g != 0
+    count = live.sum()
     return {
-        "gradient_quotient": tree_mean(change),
-        # no live entry: GQ of the dead ones, which is 1
-        "live_gradient_quotient": torch.where(
-            alive > 0, tree_vdot(change, live) / (alive * numel(g)).clamp(min=1), torch.ones_like(alive)
-        ),
-        "dead_fraction": 1 - alive,
-        "gradient_norm": tree_vdot(g, g).sqrt(),
+        "gradient_quotient": change.mean(),
+        # where no entry is live, GQ of the dead ones, which is 1
+        "live_gradient_quotient": torch.where(count > 0, (change * live).sum() / count.clamp(min=1), 1.0),
+        "dead_fraction": 1 - count / len(g),
+        "gradient_norm": torch.linalg.vector_norm(g),
     }
 
 
@@ -192,7 +188,9 @@ def _split_taylor(
 
     N = numel(theta)
     total = accumulate(psi_gradient, batch, size)  # Σ_b w_b ∇ψ_b
-    return tree_map(lambda leaf: leaf / N, total), diagnostics(g, Hg, epsilon=epsilon)
+    return tree_map(lambda leaf: leaf / N, total), diagnostics(
+        flatten(g), relative_change(flatten(g), flatten(Hg), epsilon=epsilon)
+    )
 
 
 def _split_step(
@@ -208,4 +206,6 @@ def _split_step(
     direction = tree_map(lambda u, w, z: u + w / eta + z, u, w, z)
     Hd = accumulate(lambda piece: hvp(loss, theta, direction, piece), batch, size)
     N = numel(theta)
-    return {name: (Hd[name] - z[name] / eta) / N for name in names}, diagnostics(g, c, epsilon=epsilon)
+    return {name: (Hd[name] - z[name] / eta) / N for name in names}, diagnostics(
+        flatten(g), relative_change(flatten(g), flatten(c), epsilon=epsilon)
+    )

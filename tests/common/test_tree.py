@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from common.tree import numel, tree_add, tree_dots, tree_map, tree_mean, tree_norms, tree_vdot
+from common.tree import flatten, numel, tree_add, tree_dots, tree_map, tree_norms, tree_vdot
 
 A = {"w": torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.5, -1.0]]).double(), "b": torch.tensor([4.0]).double()}
 # The same names in another order: leaves meet by name, not by position.
@@ -31,4 +31,4 @@ def test_products_norms_and_mean():
     assert_close(tree_norms(A, ["b"]), torch.tensor([4.0]))
     # (1.5 + 4) / 7: over entries, not over tensors
     assert numel(A) == 7
-    assert_close(tree_mean(A), torch.tensor(5.5 / 7))
+    assert_close(flatten(A).mean(), torch.tensor(5.5 / 7))
