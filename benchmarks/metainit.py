@@ -6,12 +6,13 @@ Two variants take turns, round after round; a ratio is taken in each round, and 
 reported. Peak memory is that of a fresh process a variant. Results go to `benchmarks/results/metainit-<device>.json`.
 """
 
+import copy
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from common.networks import make_network
 from common.record import device_name
 from common.training import TrainingConfig, train
 from common.types import Batch
-from papers.metainit import meta_gradient
+from papers.metainit import meta_gradient, metainit
 
 RESULTS = Path(__file__).parent / "results"
 Section = Literal["step", "memory", "exact", "scaling", "training"]
@@ -73,17 +74,31 @@ def figure_2_step(model: nn.Module, momenta: dict[str, float], batch: Batch) -> 
             p.mul_((norm + momenta[name]) / norm)
 
 
-def our_step(model: nn.Module, batch: Batch, *, exact: bool = True, **options: Any) -> Callable[[], object]:
-    """The same step as `metainit` makes it, without the writing back at the end."""
+def our_steps(
+    name: str, options: dict[str, Any], batch: Batch, device: torch.device, **how: Any
+) -> Callable[[], object]:
+    """Two steps of `metainit` itself, everything included, on a network of its own."""
+    model = network(name, device, **options)
+    return lambda: metainit(copy.deepcopy(model), batches=[batch], steps=2, progress=False, **how)
+
+
+def figure_2_steps(name: str, options: dict[str, Any], batch: Batch, device: torch.device) -> Callable[[], object]:
+    """Two steps of Figure 2."""
+    model = network(name, device, **options)
+
+    def steps() -> None:
+        own, momenta = copy.deepcopy(model), {}
+        for _ in range(2):
+            figure_2_step(own, momenta, batch)
+
+    return steps
+
+
+def meta_step(model: nn.Module, batch: Batch, **options: Any) -> Callable[[], object]:
+    """The meta-gradient alone, of the tensors that MetaInit tunes."""
     theta = parameters_of(model)
     tuned = [name for name, leaf in theta.items() if leaf.ndim >= 2]
-    loss = pure_loss(model, batch_norm="running", exact=exact)
-
-    def step() -> Tensor:
-        G, _ = meta_gradient(loss, theta, batch, tuned=tuned, **options)
-        return torch.stack([(theta[name] * G[name]).sum() for name in tuned]).sign()
-
-    return step
+    return partial(meta_gradient, pure_loss(model, batch_norm="running"), theta, batch, tuned=tuned, **options)
 
 
 def network(name: str, device: torch.device, **options: Any) -> nn.Module:
@@ -146,25 +161,16 @@ CASES = {
 
 
 def section_step(config: Config, device: torch.device) -> dict[str, Any]:
-    """Ours against Figure 2 written down."""
+    """Two whole steps of `metainit`, checks and bookkeeping included, against two of Figure 2 written down."""
+    variants: dict[str, dict[str, Any]] = {
+        "taylor": {}, "step": {"form": "step"}, "taylor, micro-batches of 8": {"micro_batch_size": 8}
+    }  # fmt: skip
     results = {}
     for label, (name, options, size) in CASES.items():
         batch = noise(size, device)
-        reference = network(name, device, **options)
-        momenta: dict[str, float] = {}
-        for form in ("taylor", "step"):
-            results[f"{label}, {form}"] = compare(
-                our_step(network(name, device, **options), batch, form=form),
-                lambda reference=reference, momenta=momenta, batch=batch: figure_2_step(reference, momenta, batch),
-                config,
-                device,
-            )
-        results[f"{label}, micro-batches of 8"] = compare(
-            our_step(network(name, device, **options), batch, micro_batch_size=8),
-            lambda reference=reference, momenta=momenta, batch=batch: figure_2_step(reference, momenta, batch),
-            config,
-            device,
-        )
+        for variant, how in variants.items():
+            ours = our_steps(name, options, batch, device, **how)
+            results[f"{label}, {variant}"] = compare(ours, figure_2_steps(name, options, batch, device), config, device)
     return results
 
 
@@ -172,26 +178,18 @@ def section_memory(config: Config, device: torch.device) -> dict[str, Any]:
     """Peak above what the process held before, batch 64: micro-batches of 8 against the fused form."""
     results = {}
     for form in ("taylor", "step"):
-        ratios, peaks = [], {}
+        peaks: dict[str, list[int]] = {"fused": [], "split": []}
         for _ in range(3):
-            for variant in ("fused", "split"):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.metainit",
-                    "--child",
-                    f"{variant} {form}",
-                    "--device",
-                    device.type,
-                ]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                peaks[variant] = int(done.stdout)
-            ratios.append(peaks["split"] / peaks["fused"])
+            for variant, values in peaks.items():
+                arguments = ["--child", f"{variant} {form}", "--device", device.type]
+                command = [sys.executable, "-m", "benchmarks.metainit", *arguments]
+                values.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        ratios = [split / fused for split, fused in zip(peaks["split"], peaks["fused"], strict=True)]
         results[f"7 convolutions of 32 channels, batch 64 in eights, {form}"] = {
             "ratio": statistics.median(ratios),
             "range": [min(ratios), max(ratios)],
-            "megabytes": peaks["split"] / 1e6,
-            "reference_megabytes": peaks["fused"] / 1e6,
+            "megabytes": statistics.median(peaks["split"]) / 1e6,
+            "reference_megabytes": statistics.median(peaks["fused"]) / 1e6,
             "rounds": 3,
         }
     return results
@@ -202,10 +200,10 @@ def peak_memory(variant: str, form: Any, device: torch.device) -> int:
     name, options, size = CASES["7 convolutions of 32 channels, batch 64"]
     model = network(name, device, **options)
     batch = noise(size, device)
-    our_step(
+    meta_step(
         model, noise(2, device), form=form, micro_batch_size=1 if variant == "split" else None
     )()  # libraries loaded
-    step = our_step(model, batch, form=form, micro_batch_size=8 if variant == "split" else None)
+    step = meta_step(model, batch, form=form, micro_batch_size=8 if variant == "split" else None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -224,7 +222,7 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"_resident: /proc/self/status must have the line {field}, got none.")
 
 
-class NormMLP(nn.Module):
+class SmallTransformer(nn.Module):
     """Layer norm and attention, small: what `exact` re-expresses on a Transformer."""
 
     def __init__(self) -> None:
@@ -254,7 +252,7 @@ def section_exact(config: Config, device: torch.device) -> dict[str, Any]:
             partial(meta_gradient, on, theta, batch), partial(meta_gradient, off, theta, batch), config, device
         )
     torch.manual_seed(0)
-    model = NormMLP().to(device)
+    model = SmallTransformer().to(device)
     loss, theta = pure_loss(model), parameters_of(model)
     results["two Transformer layers, width 64, against its own forward pass"] = compare(
         lambda: meta_gradient(loss, theta, batch), forward_of(model.eval(), batch), config, device
@@ -273,45 +271,44 @@ def section_scaling(config: Config, device: torch.device) -> dict[str, Any]:
             model = network(f"plain-{sizes['depth']}-{sizes['width']}", device)
             batch = noise(sizes["batch"], device)
             label = f"{axis} {value} (batch {sizes['batch']}, depth {sizes['depth']}, width {sizes['width']})"
-            results[label] = compare(our_step(model, batch), forward_of(model, batch), few, device)
+            results[label] = compare(meta_step(model, batch), forward_of(model, batch), few, device)
     return results
 
 
 def section_training(config: Config, device: torch.device) -> dict[str, Any]:
-    """Seconds for 50 000 images at batch 128, from five batches, against float32 in torch's default layout."""
+    """Seconds for 50 000 images at batch 128, from two batches a round, against float32 in torch's default layout."""
+    batch, batches, rounds = noise(128, device), 2, 3
     results: dict[str, Any] = {}
-    size, batches = 128, 5
-    x, y = noise(size, device)
-    for name, options in (
-        ("vgg19", {"batch_norm": True}),
-        ("resnet110", {"batch_norm": True}),
-        ("resnet20", {"batch_norm": True}),
-    ):
-        epoch: dict[str, list[float]] = {}
+    for name in ("vgg19", "resnet110", "resnet20"):
         recipes = {
             f"{precision}, {'channels-last' if last else 'NCHW'}": TrainingConfig(
-                epochs=2, learning_rate=0.01, precision=precision, channels_last=last
+                epochs=1, learning_rate=0.01, precision=precision, channels_last=last
             )
             for precision in ("float32", "bfloat16")
             for last in (False, True)
         }
-        for label, recipe in recipes.items():
-            model = network(name, device, **options)
-
-            def repeat(_: int) -> Iterator[Batch]:
-                return iter([(x, y)] * batches)
-
-            result = train(model, classification_loss, repeat, lambda _: {}, steps_per_epoch=batches, config=recipe)
-            # the first epoch chooses kernels and takes memory
-            epoch[label] = [entry["seconds"] * 50_000 / (size * batches) for entry in result.history[1:]]
-        reference = statistics.median(epoch["float32, NCHW"])
+        models = {label: network(name, device, batch_norm=True) for label in recipes}
+        epoch: dict[str, list[float]] = {label: [] for label in recipes}
+        for turn in range(rounds + 1):
+            for label, recipe in recipes.items():
+                result = train(
+                    models[label],
+                    classification_loss,
+                    lambda _: [batch] * batches,
+                    lambda _: {},
+                    steps_per_epoch=batches,
+                    config=recipe,
+                )
+                if turn > 0:  # the first chooses kernels and takes memory
+                    epoch[label].append(result.seconds * 50_000 / (128 * batches))
         for label, values in epoch.items():
+            ratios = [own / other for own, other in zip(values, epoch["float32, NCHW"], strict=True)]
             results[f"{name} with BatchNorm, {label}"] = {
-                "ratio": statistics.median(values) / reference,
-                "range": [min(values) / reference, max(values) / reference],
+                "ratio": statistics.median(ratios),
+                "range": [min(ratios), max(ratios)],
                 "seconds": statistics.median(values),
-                "reference_seconds": reference,
-                "rounds": len(values),
+                "reference_seconds": statistics.median(epoch["float32, NCHW"]),
+                "rounds": rounds,
             }
     return results
 

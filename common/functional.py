@@ -6,8 +6,8 @@ dropout's randomness comes from, which buffers may be written (none of the user'
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,9 @@ def pure_loss(
             return evaluate(params, batch)
         # Inside the function: a recomputation draws the same mask, and the caller's random state is left alone.
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            for index in devices:
+                torch.cuda.default_generators[index].manual_seed(seed)
             return evaluate(params, batch)
 
     def loss(params: Params, batch: Batch) -> Tensor:
@@ -158,15 +160,27 @@ def uses_batch_statistics(model: nn.Module, batch_norm: BatchNormMode) -> bool:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast and TF32 off, all as before afterwards: initialisers run in the parameters' own dtype."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before  # pyright: ignore[reportAttributeAccessIssue]
+    """Gradients on, autocast off, float32 products in float32, and all as before afterwards.
+
+    Initialisers run in the parameters' own precision: no TF32 on a GPU, no bfloat16 inside a CPU's matrix products.
+    """
+    cudnn = torch.backends.cudnn
+    with ExitStack() as stack:
+        try:
+            if (before := torch.get_float32_matmul_precision()) != "highest":
+                stack.callback(torch.set_float32_matmul_precision, before)
+                torch.set_float32_matmul_precision("highest")
+            if device.type == "cuda":
+                stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+                cudnn.allow_tf32 = False  # pyright: ignore[reportAttributeAccessIssue]
+        except RuntimeError:  # set by the newer `fp32_precision`, with which the older switches refuse to be mixed
+            backends: Any = torch.backends
+            for switch in (backends.mkldnn.matmul, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+                stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
+                switch.fp32_precision = "ieee"
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 # ---------------------------------------------------------------------------------------------- what entry points check
@@ -177,13 +191,19 @@ def check_bare(model: nn.Module, caller: str) -> None:
     """Refuse what is not a bare `nn.Module`: `torch.func` does not work through wrappers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: `model` must be an nn.Module, got {type(model).__name__}.")
-    kind = next((base.__name__ for base in type(model).__mro__ if base.__name__ in _WRAPPERS), None)
-    if kind is not None:
-        raise TypeError(
-            f"{caller}: `model` must not be wrapped, got {kind}. Pass the module inside it: `model.module`."
-        )
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError(f"{caller}: `model` must not be compiled. Pass the module inside it: `model._orig_mod`.")
+    for name, module in model.named_modules():
+        where = f" at {name!r}" if name else ""
+        kinds = {base.__name__ for base in type(module).__mro__}
+        if wrapper := next(iter(kinds & _WRAPPERS), None):
+            raise TypeError(
+                f"{caller}: `model` must not be wrapped, got {wrapper}{where}. "
+                "Pass the module inside it: `model.module`."
+            )
+        if "OptimizedModule" in kinds:
+            raise TypeError(
+                f"{caller}: `model` must not be compiled, got the result of torch.compile{where}. "
+                "Pass the module inside it: `model._orig_mod`."
+            )
     sharded = [
         name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "full_tensor")
     ]
@@ -210,10 +230,10 @@ def check_devices(model: nn.Module, batch: Batch, caller: str) -> None:
 def check_first_batch(
     model: nn.Module, loss_fn: UserLoss, batch: Batch, caller: str, *, batch_norm: BatchNormMode
 ) -> None:
-    """One forward pass before anything is computed: devices agree, labels are in range, the loss is a finite scalar."""
+    """One forward pass before anything is computed: devices agree, labels fit the model, the loss is finite."""
     check_devices(model, batch, caller)
     if loss_fn is classification_loss:
-        _check_labels(model, batch, caller, batch_norm)
+        _check_classification(model, batch, caller, batch_norm)
     value = pure_loss(model, loss_fn, batch_norm=batch_norm)({}, batch)
     if not isinstance(value, Tensor) or value.ndim != 0:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -225,30 +245,42 @@ def check_first_batch(
         )
 
 
-def _check_labels(model: nn.Module, batch: Batch, caller: str, batch_norm: BatchNormMode) -> None:
+def logits_of(model: nn.Module, x: Tensor, caller: str, batch_norm: BatchNormMode) -> Tensor:
+    """`model(x)`, which the default loss needs to be logits of shape (batch, classes, …)."""
+    logits = pure_loss(model, lambda model, x: model(x), batch_norm=batch_norm)({}, x)
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{caller}: the default loss needs a model that returns logits (batch, classes), got {got}. "
+            "Pass your own `loss_fn(model, batch)`."
+        )
+    return logits
+
+
+def _check_classification(model: nn.Module, batch: Batch, caller: str, batch_norm: BatchNormMode) -> None:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise ValueError(
             f"{caller}: the default loss needs batches (x, y) of two tensors, got {type(batch).__name__}. "
             "Pass your own `loss_fn(model, batch)` for other batches."
         )
     x, y = batch
-    logits = pure_loss(model, lambda model, x: model(x), batch_norm=batch_norm)({}, x)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"{caller}: the default loss needs a model that returns logits, got {type(logits).__name__}. "
-            "Pass your own `loss_fn(model, batch)`."
-        )
-    if y.is_floating_point():  # class probabilities: cross-entropy checks their shape itself
-        return
+    logits = logits_of(model, x, caller, batch_norm)
     expected = (logits.shape[0], *logits.shape[2:])
-    if y.dtype != torch.int64 or tuple(y.shape) != expected:
+    if not y.is_floating_point() and (y.dtype != torch.int64 or tuple(y.shape) != expected):
         raise ValueError(
             f"{caller}: labels for logits of shape {tuple(logits.shape)} must be int64 of shape {expected}, got "
             f"{y.dtype} of shape {tuple(y.shape)}."
         )
-    classes = logits.shape[1]
-    if y.min() < 0 or y.max() >= classes:
+    check_labels(y, logits.shape[1], caller)
+
+
+def check_labels(y: Tensor, classes: int, caller: str) -> None:
+    """Class labels in range, before a GPU meets them, where a bad one ends the process. One synchronisation."""
+    if y.is_floating_point():  # class probabilities: cross-entropy checks their shape itself
+        return
+    low, high = torch.stack(torch.aminmax(y)).tolist()
+    if low < 0 or high >= classes:
         raise ValueError(
             f"{caller}: labels must lie in 0 … {classes - 1} for a model with {classes} outputs, got labels from "
-            f"{y.min().item()} to {y.max().item()}. Check the model's number of classes, or the labels."
+            f"{low} to {high}. Check the model's number of classes, or the labels."
         )

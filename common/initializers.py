@@ -449,6 +449,10 @@ def fixup_(model: nn.Module, *, generator: torch.Generator, nonlinearity: str = 
         )
     if any(isinstance(module, NORMS) for module in model.modules()):
         raise ValueError("fixup_: `model` must be free of normalisation, got one with it. Fixup replaces it.")
+    if any(getattr(block, "skip", True) is False for block in model.modules() if isinstance(block, ResidualBlock)):
+        raise ValueError(
+            "fixup_: blocks must have their skip connections, got one without: zero branches would cut it."
+        )
     gamma = gain_of(nonlinearity)
     L = len(branches)
     zero = {linear[-1], *(layers[-1] for layers in branches)}

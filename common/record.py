@@ -91,7 +91,7 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
                 f"{', '.join(differing)}. Give another folder, or repeat the options of the run that is there."
             )
         return Run(folder, _whole_lines(folder / "metrics.jsonl"))
-    if any(folder.iterdir()):
+    if any(entry.name != "config.partial" for entry in folder.iterdir()):  # which a kill at the start may leave
         raise ValueError(
             f"open_run: {folder} must be empty or hold a run to be resumed, got other files. Give another folder."
         )
@@ -100,7 +100,12 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
 
 
 def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -> None:
-    """`environment.json`: enough to know what a number was measured on.
+    """`environment.json`: enough to know what a number was measured on. A run that is resumed keeps its first.
+
+    Args:
+        run: Where to write.
+        data: What was used, with a fingerprint of its content under `sha256`.
+        device: Where the run computes.
 
     Raises:
         ValueError: The run is resumed on other data than it was begun with.
@@ -108,7 +113,8 @@ def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -
     path = run.folder / "environment.json"
     if path.exists():
         begun = json.loads(path.read_text("utf-8"))["data"]
-        if begun != _plain(data):
+        # the content alone: the same images may come from the hub at first and from its cache later
+        if begun["sha256"] != data["sha256"]:
             raise ValueError(
                 f"write_environment: a run must be resumed on the data it was begun with, {begun.get('identity')}, "
                 f"got {data.get('identity')}. Name the same data, or give another folder."

@@ -152,14 +152,25 @@ def classification_metrics(model: nn.Module, batches: Iterable[Batch]) -> dict[s
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]) -> None:
     """Written beside and renamed, so that a checkpoint is whole or absent."""
     partial = path.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}, partial)
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        "random": torch.get_rng_state(),  # dropout's
+        "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    torch.save(state, partial)
     partial.replace(path)
 
 
 def _resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
     if path is None or not path.exists():
         return []
-    state = torch.load(path, weights_only=True)  # tensors and plain numbers only: no pickled code is run
+    # tensors and plain numbers only: no pickled code is run
+    state = torch.load(path, weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    if torch.cuda.is_available() and state["cuda_random"]:
+        torch.cuda.set_rng_state_all(state["cuda_random"])
     return state["history"]

@@ -1,6 +1,7 @@
 """Labelled images by name: the published sets, and two that need no network."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -41,6 +42,9 @@ def load_images(
         FileNotFoundError: If a named set cannot be had, or a folder that is given does not hold it.
         ValueError: If the name is unknown, or a file is damaged or holds something else.
     """
+    for part, size in (("train", train), ("test", test)):
+        if size is not None and size < 1:
+            raise ValueError(f"load_images: `{part}` must be at least 1 image, got {size}. None takes all.")
     if name == "digits":
         return _at_most(_digits(), train, test, seed)
     if name == "noise":
@@ -58,9 +62,9 @@ def load_images(
             f"Tried: {error}. Pass a folder that holds {name}/train-*.parquet and {name}/test-*.parquet as `data_dir` "
             f"or {VARIABLE}, connect to the network, or take 'digits' or 'auto'."
         ) from error
-    generator = torch.Generator().manual_seed(seed)
     parts = []
     for files, size in ((located.train, train), (located.test, test)):
+        generator = torch.Generator().manual_seed(seed)  # one a split: which test images does not depend on `train`
         part = read_split(
             files,
             image_column=wanted.image_column,
@@ -97,11 +101,14 @@ def _rows(labels: Tensor, *, size: int | None, num_classes: int, generator: torc
 
 
 def _at_most(data: ImageData, train: int | None, test: int | None, seed: int) -> ImageData:
-    train = None if train is None or train >= len(data.train) else train
-    test = None if test is None or test >= len(data.test) else test
-    if train is None and test is None:
+    if (train is None or train >= len(data.train)) and (test is None or test >= len(data.test)):
         return data
-    return data.subset(train=train, test=test, generator=torch.Generator().manual_seed(seed))
+    parts = {}
+    for part, split, size in (("train", data.train, train), ("test", data.test, test)):
+        generator = torch.Generator().manual_seed(seed)  # one a split, as for the published sets
+        rows = _rows(split.labels, size=size, num_classes=data.num_classes, generator=generator)
+        parts[part] = split.take(rows)
+    return replace(data, **parts, identity=data.identity + subset_note(len(parts["train"]), len(parts["test"])))
 
 
 def _identity(wanted: HubSet, origin: str, encodings: frozenset[str], train: int, test: int) -> str:

@@ -44,7 +44,7 @@ def end_well(main: Callable[[], object]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command with --output and the run's folder goes on from here.")
+        console.print("Interrupted. The same command with --output and the run folder named above goes on from here.")
         sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         console.print(f"error: {error}", markup=False, style="red")

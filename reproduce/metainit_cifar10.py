@@ -20,7 +20,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from common import initializers
-from common.functional import classification_loss, load_parameters_, parameters_of, pure_loss
+from common.functional import classification_loss, full_precision, load_parameters_, parameters_of, pure_loss
 from common.networks import gain_of, make_network
 from common.record import Run, device_name, open_run, write_environment
 from common.training import TrainingConfig, classification_metrics, train
@@ -28,7 +28,7 @@ from common.types import Batch, NotFiniteError
 from data import ImageData, ImageSplit, epoch_batches, evaluation_batches, load_images
 from papers.metainit import gradient_quotient, metainit, noise_batches
 from reproduce.command import end_well, make_progress, parse
-from reproduce.metainit_report import print_report, save_figure, summarise
+from reproduce.metainit_report import best_learning_rate, print_report, save_figure, summarise
 
 EXPERIMENT = "metainit_cifar10"
 
@@ -225,8 +225,10 @@ def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits
         num_classes=splits.data.num_classes,
         **({} if network.startswith("vgg") else options),
     ).to(splits.train.images.device)
+    device = splits.train.images.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
-    arm.start(model, config, next(splits.batches(splits.train, 256)), generator)
+    with full_precision(device):
+        arm.start(model, config, next(splits.batches(splits.train, 256)), generator)
     return model
 
 
@@ -245,7 +247,8 @@ def measure_quotient(config: Config, model: nn.Module, splits: Splits, seed: int
         shape_of(splits), splits.data.num_classes, config.noise_batch_size, generator=generator, device=device
     )
     loss, theta = pure_loss(model), parameters_of(model)
-    return statistics.median(gradient_quotient(loss, theta, next(noise)).item() for _ in range(5))
+    with full_precision(device):
+        return statistics.median(gradient_quotient(loss, theta, next(noise)).item() for _ in range(5))
 
 
 def shape_of(splits: Splits) -> tuple[int, ...]:
@@ -362,8 +365,27 @@ def prepare(config: Config, device: torch.device) -> Splits:
     return Splits(train_split.to(device), validation.to(device), data.test.to(device), data)
 
 
+def check_config(config: Config) -> None:
+    """Mistakes that would otherwise show after minutes of work."""
+    counts = ("validation_images", "steps", "noise_batch_size", "seeds", "epochs", "batch_size", "stem_stride")
+    for name in (*counts, "meta_learning_rate"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{EXPERIMENT}: `{name}` must be positive, got {getattr(config, name)}.")
+    for name in ("train_images", "test_images", "micro_batch_size"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{EXPERIMENT}: `{name}` must be at least 1, got {getattr(config, name)}.")
+    if not config.learning_rates or min(config.learning_rates) <= 0:
+        raise ValueError(f"{EXPERIMENT}: `learning_rates` must be positive, got {config.learning_rates}.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    for network in config.networks:
+        with torch.device("meta"):
+            make_network(network, activation=config.activation)
+
+
 def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
+    check_config(config)
     console = Console()
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -371,6 +393,7 @@ def run(config: Config) -> dict[str, Any]:
     # the numbers do not depend on where the data and the folder are, nor on what is shown
     asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
     folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
+    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
     splits = prepare(config, device)
     write_environment(folder, splits.data.record(), device)
     console.print(f"Data: {splits.data.identity}; {len(splits.validation):,} of the training images held out.")
@@ -389,15 +412,18 @@ def run(config: Config) -> dict[str, Any]:
 
 def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> None:
     """Each unit of work is a function of the configuration, recorded when it is whole: so a run can be resumed."""
-    bar = progress.add_task("starting", total=total_work(config))
+    training_work = config.epochs * float(len(splits.train))  # in gradients of one example
+    # about nine gradients' arithmetic an example and step, and as much again in overhead on small networks
+    meta_work = 15.0 * config.steps * config.noise_batch_size
+    bar = progress.add_task("starting", total=total_work(config, meta_work, training_work))
 
-    def unit(label: str, work: float, parts: int, compute: Callable[..., dict[str, Any]], **key: Any) -> dict[str, Any]:
+    def unit(label: str, work: float, parts: int, work_on: Callable[..., dict[str, Any]], **key: Any) -> dict[str, Any]:
         progress.update(bar, description=label)
         record = folder.find(**key)
         if record is not None:
             progress.advance(bar, work)
             return record
-        return folder.append(key | compute(lambda _: progress.advance(bar, work / parts)))
+        return folder.append(key | work_on(lambda _: progress.advance(bar, work / parts)))
 
     for network in config.networks:
         best: dict[str, float] = {}
@@ -408,7 +434,7 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
                 key = {"network": network, "arm": arm.name, "seed": seed}
                 start = unit(
                     f"{arm.name}, seed {seed}: initialise",
-                    meta_work(config) if arm.metainit else 0.0,
+                    meta_work if arm.metainit else 0.0,
                     config.steps,
                     lambda tick, n=network, a=arm, s=seed: run_initialisation(config, n, a, s, splits, tick),
                     kind="initialisation",
@@ -416,8 +442,9 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
                 )
                 if "failed" in start:
                     continue
-                rates = config.learning_rates if seed == 0 else (best[arm.name],)
-                trained = {}
+                # the grid with the arm's first seed that can be trained, its best rate with the others
+                rates = (best[arm.name],) if arm.name in best else config.learning_rates
+                trained = []
                 for rate in rates:
 
                     def fit(tick, network=network, arm=arm, seed=seed, rate=rate, start=start) -> dict[str, Any]:
@@ -426,30 +453,19 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
                         return run_training(config, model, arm, seed, rate, splits, checkpoint, tick)
 
                     label = f"{arm.name}, seed {seed}: train at {rate:g}"
-                    trained[rate] = unit(
-                        label, training_work(config), config.epochs, fit, kind="training", learning_rate=rate, **key
+                    trained.append(
+                        unit(label, training_work, config.epochs, fit, kind="training", learning_rate=rate, **key)
                     )
-                if seed == 0:
-                    best[arm.name] = max(rates, key=lambda rate: trained[rate]["history"][-1]["validation_accuracy"])
+                best.setdefault(arm.name, best_learning_rate(trained))
 
 
-def training_work(config: Config) -> float:
-    """In gradients of one example, up to what all units share."""
-    return config.epochs * float(config.train_images or 50_000)
-
-
-def meta_work(config: Config) -> float:
-    """About nine gradients' arithmetic an example and step, and as much again in overhead on small networks."""
-    return 15.0 * config.steps * config.noise_batch_size
-
-
-def total_work(config: Config) -> float:
+def total_work(config: Config, meta_work: float, training_work: float) -> float:
     """Of the whole run, for the time that is left."""
     total = 0.0
     for arm in ARMS:
         seeds = config.seeds if arm.carries_claim else 1
-        total += seeds * meta_work(config) if arm.metainit else 0.0
-        total += (len(config.learning_rates) + seeds - 1) * training_work(config)
+        total += seeds * meta_work if arm.metainit else 0.0
+        total += (len(config.learning_rates) + seeds - 1) * training_work
     return total * len(config.networks)
 
 

@@ -46,12 +46,18 @@ def _compare(rows: dict[str, Any], arm: str, other: str) -> dict[str, Any]:
     return {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": len(seeds)}
 
 
+def best_learning_rate(trained: Records) -> float:
+    """The one that did best on held-out training images at the end; one that diverged only if all did."""
+    return max(trained, key=lambda r: (not r["diverged"], r["history"][-1]["validation_accuracy"]))["learning_rate"]
+
+
 def _row(records: Records) -> dict[str, Any]:
     starts = [record for record in records if record["kind"] == "initialisation"]
     trainings = [record for record in records if record["kind"] == "training"]
-    grid = [record for record in trainings if record["seed"] == 0]
+    first = min((record["seed"] for record in trainings), default=None)
+    grid = [record for record in trainings if record["seed"] == first]
     # none was trained where MetaInit met numbers that are not finite
-    best = max(grid, key=lambda record: record["history"][-1]["validation_accuracy"])["learning_rate"] if grid else None
+    best = best_learning_rate(grid) if grid else None
     kept = sorted((r for r in trainings if r["learning_rate"] == best), key=lambda record: record["seed"])
     return {
         "failed": [record["failed"] for record in starts if "failed" in record],

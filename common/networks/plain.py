@@ -40,11 +40,12 @@ class PlainNet(nn.Module):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        if not 1 <= stages < depth:
+        if depth < 2 or stages < 1:
             raise ValueError(
-                f"PlainNet: `depth` must exceed `stages`, and `stages` be at least 1, got {depth} and {stages}. "
-                "Every stage holds a convolution, and the classifier counts as one layer."
+                f"PlainNet: `depth` must be at least 2 and `stages` at least 1, got {depth} and {stages}. "
+                "A convolution and the classifier are the shallowest network."
             )
+        stages = min(stages, depth - 1)  # every stage holds a convolution
         each, left_over = divmod(depth - 1, stages)
         layers: list[nn.Module] = []
         before = in_channels

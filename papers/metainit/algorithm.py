@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -21,9 +22,11 @@ from common.functional import (
     check_bare,
     check_devices,
     check_first_batch,
+    check_labels,
     classification_loss,
     full_precision,
     load_parameters_,
+    logits_of,
     parameters_of,
     pure_loss,
     uses_batch_statistics,
@@ -220,53 +223,76 @@ def metainit(
             "metainit: `model` must have a trainable tensor of two or more dimensions with a non-zero, finite norm, "
             f"got none{': ' + '; '.join(f'{name}, {why}' for name, why in skipped.items()) if skipped else ''}."
         )
-    if batches is None:
-        batches = _default_noise(model, loss_fn, input_shape, num_classes, batch_size, generator, batch_norm)
-    stream = _endless(batches)
-    first = next(stream)
-    check_first_batch(model, loss_fn, first, "metainit", batch_norm=batch_norm)
-    stream = itertools.chain([first], stream)
-
-    loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    theta0 = {name: leaf for name, leaf in parameters_of(model).items() if name in trainable}
-    n0 = tree_norms(theta0, tuned)
-    nu, m = n0.clone(), torch.zeros_like(n0)  # ν_l = ±n_l, negative once a norm has crossed zero (Figure 2 lets it)
-    history: list[dict[str, float]] = []
-
-    with full_precision(n0.device), Progress(transient=True) if progress else nullcontext() as bar:
-        task = bar.add_task("MetaInit", total=steps) if bar is not None else None
-        for t in range(1, steps + 1):
-            batch = next(stream)
-            check_devices(model, batch, "metainit")
-            theta = _rescaled(theta0, tuned, nu / n0)
-            G, metrics = meta_gradient(
-                loss, theta, batch, tuned=tuned, epsilon=epsilon, form=form, eta=eta, micro_batch_size=micro_batch_size
+    theta0 = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, leaf in theta0.items():
+        if leaf.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"metainit: parameters must be float32 or float64, got {leaf.dtype} for {name!r}. "
+                "Initialise in float32 and convert afterwards: third derivatives need the digits."
             )
-            slopes = tree_dots(theta, G, tuned)  # n_l ∂GQ/∂n_l = ⟨θ_l, G_l⟩: only its sign is used
-            lr_t = lr * (1 - (t - 1) / steps) if linear_decay else lr
-            n, m = sign_momentum_step(
-                nu.abs(),
-                m,
-                slopes.sign(),
-                lr=lr_t,
-                mu=momentum,
-                update=update,
-                minimum_ratio=None if allow_sign_flip else minimum_ratio,
-            )
-            nu = torch.where(nu < 0, -n, n)
-            metrics["sign_flips"] = (n < 0).sum()
-            history.append(_to_host(t, metrics, slopes, tuned) | {"lr": lr_t})  # the step's one synchronisation
-            if on_step is not None:
-                on_step(history[-1])
-            if bar is not None and task is not None:
-                quotient = history[-1]["gradient_quotient"]
-                bar.update(task, advance=1, description=f"MetaInit  GQ {quotient:.3g}")
+    device = theta0[tuned[0]].device
+    cuda_devices = [device] if device.type == "cuda" else []
+    with full_precision(device), torch.random.fork_rng(cuda_devices):  # a DataLoader draws from the global generator
+        classes = None
+        if batches is None:
+            batches = _default_noise(model, loss_fn, input_shape, num_classes, batch_size, generator, batch_norm)
+        stream = _endless(batches)
+        first = next(stream)
+        check_first_batch(model, loss_fn, first, "metainit", batch_norm=batch_norm)
+        if loss_fn is classification_loss:
+            classes = logits_of(model, first[0], "metainit", batch_norm).shape[1]
+        loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact)
 
-    alpha = nu / n0
-    final = _rescaled(theta0, tuned, alpha)
-    load_parameters_(model, {name: final[name] for name in tuned})
-    return InitResult(dict(zip(tuned, alpha.abs().tolist(), strict=True)), history, skipped)
+        n0 = tree_norms(theta0, tuned)
+        nu, m = n0.clone(), torch.zeros_like(n0)  # ν_l = ±n_l, negative once a norm has crossed zero (Figure 2 lets it)
+        history: list[dict[str, float]] = []
+        with Progress(transient=True) if progress else nullcontext() as bar:
+            task = bar.add_task("MetaInit", total=steps) if bar is not None else None
+            for t, batch in enumerate(itertools.islice(itertools.chain([first], stream), steps), start=1):
+                check_devices(model, batch, "metainit")
+                if classes is not None:
+                    check_labels(batch[1], classes, "metainit")
+                theta = _rescaled(theta0, tuned, nu / n0)
+                G, metrics = meta_gradient(
+                    loss,
+                    theta,
+                    batch,
+                    tuned=tuned,
+                    epsilon=epsilon,
+                    form=form,
+                    eta=eta,
+                    micro_batch_size=micro_batch_size,
+                )
+                slopes = tree_dots(theta, G, tuned)  # n_l ∂GQ/∂n_l = ⟨θ_l, G_l⟩: only its sign is used
+                lr_t = lr * (1 - (t - 1) / steps) if linear_decay else lr
+                n, m = sign_momentum_step(
+                    nu.abs(),
+                    m,
+                    slopes.sign(),
+                    lr=lr_t,
+                    mu=momentum,
+                    update=update,
+                    minimum_ratio=None if allow_sign_flip else minimum_ratio,
+                )
+                nu = torch.where(nu < 0, -n, n)
+                metrics["sign_flips"] = (n < 0).sum()
+                history.append(_to_host(t, metrics, slopes, tuned) | {"lr": lr_t})  # all numbers in one transfer
+                if on_step is not None:
+                    on_step(history[-1])
+                if bar is not None and task is not None:
+                    quotient = history[-1]["gradient_quotient"]
+                    bar.update(task, advance=1, description=f"MetaInit  GQ {quotient:.3g}")
+
+        scales = dict(zip(tuned, (nu / n0).tolist(), strict=True))
+        for name, scale in scales.items():
+            if not math.isfinite(scale) or scale == 0:
+                raise NotFiniteError(
+                    f"metainit: every norm must end finite and non-zero, got {scale} times its start for {name!r}. "
+                    "Lower `lr` (0.02 is a good size for update='log'). The model is unchanged."
+                )
+        final = _rescaled(theta0, tuned, nu / n0)
+        load_parameters_(model, {name: final[name] for name in tuned})
+    return InitResult({name: abs(scale) for name, scale in scales.items()}, history, skipped)
 
 
 # ---------------------------------------------------------------------------------------------- its small parts
@@ -283,6 +309,11 @@ def _to_host(step: int, metrics: dict[str, Tensor], slopes: Tensor, tuned: list[
             f"metainit: the gradient quotient must be finite, got {entry['gradient_quotient']} at step {step}. Likely "
             "causes: gradients that overflow (start from smaller weights, use form='taylor', update='log' or float64), "
             "or a batch that holds NaN. The model is unchanged."
+        )
+    if step == 1 and entry["dead_fraction"] == 1:
+        raise ValueError(
+            "metainit: the loss must depend on the model's parameters, got a gradient that is zero everywhere. Likely "
+            "cause: `loss_fn` uses another model than the one it is given. The model is unchanged."
         )
     broken = [name for name, slope in zip(tuned, numbers[len(metrics) :], strict=True) if not math.isfinite(slope)]
     if broken:
@@ -302,7 +333,7 @@ def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             count += 1
             yield batch
-        if count == before or iter(batches) is batches:
+        if count == before or isinstance(batches, Iterator):
             raise ValueError(
                 f"metainit: `batches` must last for every step, got {count} batches. "
                 "Pass a collection or DataLoader (gone through again and again), or fewer `steps`."
@@ -326,10 +357,9 @@ def _default_noise(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     if num_classes is None:
-        probe = torch.zeros(2, *input_shape, device=device, dtype=dtype)
         with torch.no_grad():
-            logits = pure_loss(model, lambda model, x: model(x), batch_norm=batch_norm)({}, probe)
-        num_classes = logits.shape[1]
+            probe = torch.zeros(2, *input_shape, device=device, dtype=dtype)
+            num_classes = logits_of(model, probe, "metainit", batch_norm).shape[1]
     return noise_batches(input_shape, num_classes, batch_size, generator=generator, device=device, dtype=dtype)
 
 
@@ -348,7 +378,7 @@ def _check_options(
     counts = {"steps": steps, "batch_size": batch_size}
     counts |= {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"metainit: `{name}` must be a positive whole number, got {value}.")
     for name, value in {"lr": lr, "epsilon": epsilon, "eta": eta}.items():
         if not (value > 0 and math.isfinite(value)):
