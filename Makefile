@@ -29,6 +29,8 @@ clean:
 
 # The stamp is written last: an environment cut off half-way is built again, and so is one older than its description.
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, got " + \
+	    sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip

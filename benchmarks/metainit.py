@@ -6,7 +6,6 @@ Two variants take turns, round after round; a ratio is taken in each round, and 
 reported. Peak memory is that of a fresh process a variant. Results go to `benchmarks/results/metainit-<device>.json`.
 """
 
-import copy
 import json
 import statistics
 import subprocess
@@ -43,6 +42,10 @@ class Config:
     """Rounds of each comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    training_networks: tuple[str, ...] = ("resnet20", "resnet110", "vgg19")
+    """Of the training section."""
+    training_precisions: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Of the training section. A CPU without bfloat16 arithmetic needs minutes for the larger networks in it."""
     save: bool = True
     """Write the results file."""
     child: str = ""
@@ -72,26 +75,6 @@ def figure_2_step(model: nn.Module, momenta: dict[str, float], batch: Batch) -> 
             sign = torch.sign((p * G).sum() / norm).item()
             momenta[name] = 0.9 * momenta.get(name, 0.0) - 0.1 * sign
             p.mul_((norm + momenta[name]) / norm)
-
-
-def our_steps(
-    name: str, options: dict[str, Any], batch: Batch, device: torch.device, **how: Any
-) -> Callable[[], object]:
-    """Two steps of `metainit` itself, everything included, on a network of its own."""
-    model = network(name, device, **options)
-    return lambda: metainit(copy.deepcopy(model), batches=[batch], steps=2, progress=False, **how)
-
-
-def figure_2_steps(name: str, options: dict[str, Any], batch: Batch, device: torch.device) -> Callable[[], object]:
-    """Two steps of Figure 2."""
-    model = network(name, device, **options)
-
-    def steps() -> None:
-        own, momenta = copy.deepcopy(model), {}
-        for _ in range(2):
-            figure_2_step(own, momenta, batch)
-
-    return steps
 
 
 def meta_step(model: nn.Module, batch: Batch, **options: Any) -> Callable[[], object]:
@@ -134,13 +117,17 @@ def compare(
         order = (0, 1) if turn % 2 else (1, 0)
         for which in order:
             times[which].append(seconds((variant, reference)[which], device))
-    ratios = sorted(a / b for a, b in zip(*times, strict=True))
+    return summarise(*times)
+
+
+def summarise(own: list[float], reference: list[float]) -> dict[str, Any]:
+    ratios = [a / b for a, b in zip(own, reference, strict=True)]
     return {
         "ratio": statistics.median(ratios),
-        "range": [ratios[0], ratios[-1]],
-        "seconds": statistics.median(times[0]),
-        "reference_seconds": statistics.median(times[1]),
-        "rounds": config.rounds,
+        "range": [min(ratios), max(ratios)],
+        "seconds": statistics.median(own),
+        "reference_seconds": statistics.median(reference),
+        "rounds": len(ratios),
     }
 
 
@@ -160,8 +147,27 @@ CASES = {
 }
 
 
+def turn_by_turn(
+    model: nn.Module, reference: nn.Module, batch: Batch, config: Config, device: torch.device, **how: Any
+) -> dict[str, Any]:
+    """Steps inside one call of `metainit`, each followed by a step of Figure 2 on a network of its own."""
+    momenta: dict[str, float] = {}
+    begun: list[float] = []
+    ours: list[float] = []
+    theirs: list[float] = []
+
+    def between_steps(_: dict[str, float]) -> None:
+        if begun:
+            ours.append(time.perf_counter() - begun[-1])  # metainit's own step ends with a synchronisation
+        theirs.append(seconds(lambda: figure_2_step(reference, momenta, batch), device))
+        begun.append(time.perf_counter())
+
+    metainit(model, batches=[batch], steps=config.rounds + 2, on_step=between_steps, progress=False, **how)
+    return summarise(ours[1:], theirs[1:-1])  # the first of each is a warm-up
+
+
 def section_step(config: Config, device: torch.device) -> dict[str, Any]:
-    """Two whole steps of `metainit`, checks and bookkeeping included, against two of Figure 2 written down."""
+    """A step inside `metainit`, bookkeeping included, turn by turn with one of Figure 2 written down."""
     variants: dict[str, dict[str, Any]] = {
         "taylor": {}, "step": {"form": "step"}, "taylor, micro-batches of 8": {"micro_batch_size": 8}
     }  # fmt: skip
@@ -169,8 +175,8 @@ def section_step(config: Config, device: torch.device) -> dict[str, Any]:
     for label, (name, options, size) in CASES.items():
         batch = noise(size, device)
         for variant, how in variants.items():
-            ours = our_steps(name, options, batch, device, **how)
-            results[f"{label}, {variant}"] = compare(ours, figure_2_steps(name, options, batch, device), config, device)
+            models = (network(name, device, **options) for _ in range(2))
+            results[f"{label}, {variant}"] = turn_by_turn(*models, batch, config, device, **how)
     return results
 
 
@@ -276,15 +282,15 @@ def section_scaling(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def section_training(config: Config, device: torch.device) -> dict[str, Any]:
-    """Seconds for 50 000 images at batch 128, from two batches a round, against float32 in torch's default layout."""
-    batch, batches, rounds = noise(128, device), 2, 3
+    """Seconds for 50 000 images at batch 128, from one batch a round, against float32 in torch's default layout."""
+    batch, rounds = noise(128, device), 2
     results: dict[str, Any] = {}
-    for name in ("vgg19", "resnet110", "resnet20"):
+    for name in config.training_networks:
         recipes = {
             f"{precision}, {'channels-last' if last else 'NCHW'}": TrainingConfig(
                 epochs=1, learning_rate=0.01, precision=precision, channels_last=last
             )
-            for precision in ("float32", "bfloat16")
+            for precision in config.training_precisions
             for last in (False, True)
         }
         models = {label: network(name, device, batch_norm=True) for label in recipes}
@@ -294,22 +300,15 @@ def section_training(config: Config, device: torch.device) -> dict[str, Any]:
                 result = train(
                     models[label],
                     classification_loss,
-                    lambda _: [batch] * batches,
+                    lambda _: [batch],
                     lambda _: {},
-                    steps_per_epoch=batches,
+                    steps_per_epoch=1,
                     config=recipe,
                 )
                 if turn > 0:  # the first chooses kernels and takes memory
-                    epoch[label].append(result.seconds * 50_000 / (128 * batches))
+                    epoch[label].append(result.seconds * 50_000 / 128)
         for label, values in epoch.items():
-            ratios = [own / other for own, other in zip(values, epoch["float32, NCHW"], strict=True)]
-            results[f"{name} with BatchNorm, {label}"] = {
-                "ratio": statistics.median(ratios),
-                "range": [min(ratios), max(ratios)],
-                "seconds": statistics.median(values),
-                "reference_seconds": statistics.median(epoch["float32, NCHW"]),
-                "rounds": rounds,
-            }
+            results[f"{name} with BatchNorm, {label}"] = summarise(values, epoch["float32, NCHW"])
     return results
 
 
@@ -342,18 +341,20 @@ def main() -> None:
         variant, form = config.child.split()
         print(peak_memory(variant, form, device))
         return
-    console = Console()
+    console = Console(width=110)
     path = RESULTS / f"metainit-{device.type}.json"
     results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for section in config.only:
         measured = SECTIONS[section](config, device)
         show(console, f"{section}: {SECTIONS[section].__doc__}", measured)
+        # rows that were not measured this time stay: a section may be measured in parts
+        kept = results.get(section, {}).get("results", {})
         results[section] = {
             "about": SECTIONS[section].__doc__,
             "machine": device_name(device),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
-            "results": measured,
+            "results": kept | measured,
         }
         if config.save:
             path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")

@@ -19,15 +19,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common import initializers
 from common.functional import classification_loss, full_precision, load_parameters_, parameters_of, pure_loss
-from common.networks import gain_of, make_network
+from common.networks import make_network
 from common.record import Run, device_name, open_run, write_environment
 from common.training import TrainingConfig, classification_metrics, train
 from common.types import Batch, NotFiniteError
 from data import ImageData, ImageSplit, epoch_batches, evaluation_batches, load_images
 from papers.metainit import gradient_quotient, metainit, noise_batches
 from reproduce.command import end_well, make_progress, parse
+from reproduce.metainit_arms import ARMS, Arm
 from reproduce.metainit_report import best_learning_rate, print_report, save_figure, summarise
 
 EXPERIMENT = "metainit_cifar10"
@@ -137,70 +137,6 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- the arms
-Start = Callable[[nn.Module, Config, Batch, torch.Generator], None]
-
-
-def kaiming(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
-    initializers.kaiming_(model, nonlinearity=config.activation, generator=generator)
-
-
-def quarter(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
-    kaiming(model, config, batch, generator)
-    initializers.scale_weights_(model, 0.25)
-
-
-def gaussian(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
-    initializers.normal_(model, 0.1, generator=generator)
-
-
-def one_layer(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
-    kaiming(model, config, batch, generator)
-    layers = len(initializers.weight_layers(model))
-    initializers.scale_layer_(model, int(torch.randint(layers, (), generator=generator)), 10.0)
-
-
-def orthogonal(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
-    initializers.orthogonal_(model, gain=gain_of(config.activation), generator=generator)
-
-
-def delta_orthogonal(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
-    initializers.delta_orthogonal_(model, gain=gain_of(config.activation), generator=generator)
-
-
-def lsuv(model: nn.Module, config: Config, batch: Batch, generator: torch.Generator) -> None:
-    initializers.lsuv_(model, batch, generator=generator)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to begin, and what is done besides."""
-
-    name: str
-    start: Start
-    metainit: bool = False
-    batch_norm: bool = False
-    warmup: bool = False
-    carries_claim: bool = False
-
-
-ARMS = (
-    Arm("Kaiming × ¼", quarter, carries_claim=True),
-    Arm("Kaiming × ¼ + MetaInit", quarter, metainit=True, carries_claim=True),
-    Arm("Kaiming", kaiming, carries_claim=True),
-    Arm("Kaiming + MetaInit", kaiming, metainit=True, carries_claim=True),
-    Arm("N(0, 0.1²)", gaussian),
-    Arm("N(0, 0.1²) + MetaInit", gaussian, metainit=True),
-    Arm("one layer × 10", one_layer),
-    Arm("one layer × 10 + MetaInit", one_layer, metainit=True),
-    Arm("orthogonal", orthogonal),
-    Arm("delta-orthogonal", delta_orthogonal),
-    Arm("LSUV", lsuv),
-    Arm("Kaiming + BatchNorm", kaiming, batch_norm=True),
-    Arm("Kaiming + warm-up", kaiming, warmup=True),
-)
-
-
 # ---------------------------------------------------------------------------------------------- one unit of work
 @dataclass(frozen=True)
 class Splits:
@@ -228,7 +164,7 @@ def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits
     device = splits.train.images.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
     with full_precision(device):
-        arm.start(model, config, next(splits.batches(splits.train, 256)), generator)
+        arm.start(model, config.activation, next(splits.batches(splits.train, 256)), generator)
     return model
 
 

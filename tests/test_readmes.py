@@ -43,9 +43,16 @@ def test_the_readmes_targets_exist():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
 
 
-@pytest.mark.parametrize(
-    "module", ["papers.metainit.objective", "papers.metainit.algorithm", "common.derivatives", "common.exact"]
-)
+DOCUMENTED = [
+    "papers.metainit.objective",
+    "papers.metainit.algorithm",
+    "common.derivatives",
+    "common.exact",
+    "common.networks.layers",
+]
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
 def test_doctests(module):
     # in a process of its own: the examples are written for torch's own default precision, float32
     done = subprocess.run(

@@ -125,8 +125,9 @@ def meta_gradient(
     names = list(theta if tuned is None else tuned)
     if micro_batch_size is None:
         return _fused(loss, theta, batch, names, epsilon, form, eta)
-    split = _split_taylor if form == "taylor" else _split_step
-    return split(loss, theta, batch, names, epsilon, eta, micro_batch_size)
+    if form == "taylor":
+        return _split_taylor(loss, theta, batch, names, epsilon, micro_batch_size)
+    return _split_step(loss, theta, batch, names, epsilon, eta, micro_batch_size)
 
 
 def _fused(
@@ -136,9 +137,15 @@ def _fused(
     theta = {name: leaf.detach().requires_grad_(name in names) for name, leaf in theta.items()}
     g, c = gradient_and_change(loss, theta, batch, form=form, eta=eta)
     change = relative_change(flatten(g), flatten(c), epsilon=epsilon)
-    # materialize_grads: a tensor the loss never uses has zero gradient, not None
-    grads = torch.autograd.grad(change.mean(), [theta[name] for name in names], materialize_grads=True)
-    return dict(zip(names, grads, strict=True)), diagnostics(flatten(g), change)
+    return _derivative(change.mean(), theta, names), diagnostics(flatten(g), change)
+
+
+def _derivative(scalar: Tensor, theta: Params, names: list[str]) -> Params:
+    """∂scalar/∂θ_l for the named tensors: zero, not None, for one that it does not depend on."""
+    leaves = [theta[name] for name in names]
+    if not scalar.requires_grad:  # a loss linear in θ: its gradient does not change with θ at all
+        return {name: torch.zeros_like(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    return dict(zip(names, torch.autograd.grad(scalar, leaves, materialize_grads=True), strict=True))
 
 
 @torch.no_grad()
@@ -167,7 +174,7 @@ def cotangents(g: Params, c: Params, *, epsilon: float) -> tuple[Params, Params]
 
 
 def _split_taylor(
-    loss: PureLoss, theta: Params, batch: Batch, names: list[str], epsilon: float, eta: float, size: int
+    loss: PureLoss, theta: Params, batch: Batch, names: list[str], epsilon: float, size: int
 ) -> tuple[Params, Metrics]:
     r"""N ∇GQ = H v + D³L[g, w, ·] = ∇_θ ψ,   v = u + H w,   ψ(θ) = wᵀ H(θ) g + vᵀ ∇L(θ).   (♣)
 
@@ -183,8 +190,7 @@ def _split_taylor(
         leaves = {name: leaf.detach().requires_grad_(name in names) for name, leaf in theta.items()}
         g_piece, H = linearized_gradient(loss, leaves, piece)
         psi = tree_vdot(H(w), g) + tree_vdot(v, g_piece)  # (♣); wᵀ H g = (H w)ᵀ g
-        grads = torch.autograd.grad(psi, [leaves[name] for name in names], materialize_grads=True)
-        return dict(zip(names, grads, strict=True))
+        return _derivative(psi, leaves, names)
 
     N = numel(theta)
     total = accumulate(psi_gradient, batch, size)  # Σ_b w_b ∇ψ_b

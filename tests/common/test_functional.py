@@ -1,6 +1,8 @@
 """The pure loss is the module's own loss, and the module never notices."""
 
 import copy
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -17,12 +19,12 @@ from common.functional import (
     check_devices,
     check_first_batch,
     classification_loss,
-    full_precision,
     load_parameters_,
     parameters_of,
     pure_loss,
     uses_batch_statistics,
 )
+from tests.conftest import ROOT
 
 
 class Counter(nn.Module):
@@ -350,7 +352,7 @@ def test_a_model_without_logits_is_named():
         def forward(self, x):
             return {"logits": super().forward(x)}
 
-    with pytest.raises(ValueError, match="needs a model that returns logits, got dict"):
+    with pytest.raises(ValueError, match=r"needs a model that returns logits \(batch, classes\), got dict"):
         check_first_batch(Dictionary(3, 4), classification_loss, make_batch(), "entry", batch_norm="batch")
 
 
@@ -372,25 +374,56 @@ def test_devices_are_checked_through_the_whole_batch():
 
 
 # ---------------------------------------------------------------------------------------------- precision
-@pytest.mark.parametrize("allowed", [True, False])
-@pytest.mark.parametrize("error", [None, ZeroDivisionError])
-def test_full_precision_is_restored(allowed, error):
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+def switches() -> tuple:
+    """Every switch of float32 products, read in the newer way, which works however they were set."""
+    backends = torch.backends
+    units = (
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+    )
+    return tuple(unit.fp32_precision for unit in units)
+
+
+CHECK_PRECISION = """
+import sys, torch
+from common.functional import full_precision
+from tests.common.test_functional import switches
+
+how = sys.argv[1]
+if how == "older":
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+elif how == "newer":
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+before = switches()
+for device in ("cpu", "cuda"):
+    for fails in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             try:
-                with full_precision(torch.device("cpu")):
+                with full_precision(torch.device(device)):
                     assert torch.is_grad_enabled()
-                    assert not torch.is_autocast_enabled("cpu")
-                    assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
-                    if error is not None:
-                        raise error
+                    assert torch.is_autocast_enabled("cpu") == (device == "cuda")
+                    inside = switches()
+                    assert inside[0] in ("none", "ieee") and inside[2] in ("none", "ieee"), inside
+                    assert device == "cpu" or "tf32" not in inside, inside
+                    if fails:
+                        raise ZeroDivisionError
             except ZeroDivisionError:
-                assert error is not None
+                assert fails
             assert not torch.is_grad_enabled()
             assert torch.is_autocast_enabled("cpu")
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        assert switches() == before, (switches(), before)
+if how == "older":
+    assert torch.get_float32_matmul_precision() == "medium"
+"""
+
+
+@pytest.mark.parametrize("how", ["untouched", "older", "newer"])
+def test_full_precision_is_restored(how):
+    # in a process of its own: once set in the newer way, torch refuses to read the older switches for good
+    done = subprocess.run([sys.executable, "-c", CHECK_PRECISION, how], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

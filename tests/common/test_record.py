@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from common.record import Run, device_name, open_run, write_environment
 
 CONFIG = {"learning_rate": 0.1, "widths": (3, 5), "data": {"name": "digits"}, "output": Path("here")}
-DATA = {"identity": "digits, 1797 rows", "rows": 1797}
+DATA = {"identity": "digits, 1797 rows", "rows": 1797, "sha256": "d1"}
 CPU = torch.device("cpu")
 
 
@@ -163,9 +163,10 @@ def test_the_environment_says_what_was_measured_on(folder):
 def test_a_run_is_not_resumed_on_other_data(folder):
     write_environment(reopen(folder), DATA, CPU)
     before = (folder / "environment.json").read_bytes()
-    write_environment(reopen(folder), DATA, CPU)
+    # the same content from another place is the same data
+    write_environment(reopen(folder), DATA | {"identity": "digits, from a cache"}, CPU)
     with pytest.raises(ValueError, match="begun with, digits, 1797 rows, got cifar10"):
-        write_environment(reopen(folder), {"identity": "cifar10", "rows": 50000}, CPU)
+        write_environment(reopen(folder), {"identity": "cifar10", "rows": 50000, "sha256": "c0"}, CPU)
     assert (folder / "environment.json").read_bytes() == before
 
 

@@ -6,17 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from common.record import Run
-from reproduce.metainit_cifar10 import ARMS, PRESETS
+from common.types import NotFiniteError
+from reproduce import metainit_cifar10 as module
+from reproduce.metainit_cifar10 import ARMS, PRESETS, run
 from reproduce.metainit_report import conclude
 from tests.conftest import ROOT
 
-COMMAND = [sys.executable, "-m", "reproduce.metainit_cifar10", "--preset", "smoke", "--device", "cpu", "--quiet"]
+COMMAND = [
+    *(sys.executable, "-m", "reproduce.metainit_cifar10", "--preset", "smoke", "--device", "cpu", "--quiet"),
+    *("--epochs", "3"),  # so that there is something between epochs to resume from
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 ENVIRONMENT.pop("LEARNED_INIT_DATA", None)
 
@@ -34,6 +41,9 @@ def records_of(folder: Path) -> list[dict]:
         return [timeless(item) for item in value] if isinstance(value, list) else value
 
     return [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+pytestmark = pytest.mark.xdist_group("reproduce")  # one worker, so that the complete run below is made once
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +110,10 @@ def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path, sign):
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5 and list(folder.glob("*.checkpoint"))):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.001)
     process.send_signal(sign)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -120,6 +130,7 @@ def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path, sign):
     assert done.returncode == 0, done.stderr
     assert Run(folder, []).is_complete
     assert records_of(folder) == records_of(complete[0])
+    assert not list(folder.glob("*.checkpoint"))
 
 
 def records_of_whole_lines(path: Path) -> list[str]:
@@ -137,13 +148,67 @@ def test_a_complete_run_asked_for_again_computes_nothing(complete):
 MISTAKES = [
     (["--preset", "huge"], "quick"),  # tyro lists what there is
     (["--stepz", "3"], "--steps"),
-    (["--steps", "0"], "`steps` must be a positive whole number, got 0"),
+    (["--steps", "0"], "`steps` must be positive, got 0"),
     (["--networks", "lenet"], "make_network: `name` must be one of"),
     (["--activation", "wiggle"], "wiggle"),
     (["--data-dir", "{tmp}/nowhere"], "nowhere"),
     (["--validation-images", "5000"], "`validation_images` must leave a batch"),
     (["--output", "{tmp}/file/run"], "must be writable"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "`epochs` must be positive, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be positive, got 0"),
+        ({"validation_images": -5}, "`validation_images` must be positive, got -5"),
+        ({"seeds": 0}, "`seeds` must be positive, got 0"),
+        ({"test_images": -5}, "`test_images` must be at least 1, got -5"),
+        ({"micro_batch_size": 0}, "`micro_batch_size` must be at least 1, got 0"),
+        ({"learning_rates": ()}, "`learning_rates` must be positive"),
+        ({"meta_learning_rate": -0.1}, "`meta_learning_rate` must be positive, got -0.1"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_anything_is_made(tmp_path, changes, message):
+    config = replace(PRESETS["smoke"], output=tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match=message):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' without a GPU"):
+        run(replace(PRESETS["smoke"], device="cuda", output=tmp_path / "run"))
+
+
+def test_a_start_too_bad_for_metainit_is_a_result(tmp_path, monkeypatch):
+    """MetaInit fails on one arm for every seed and on another for the first; a third arm's training diverges."""
+    real, calls = module.metainit, []
+
+    def failing(model, **options):
+        calls.append(1)
+        # per seed: Kaiming × ¼, Kaiming, and with the first seed the two other starts
+        if len(calls) in (1, 5) or len(calls) == 2:
+            raise NotFiniteError("the gradient quotient must be finite, got inf at step 1.")
+        return real(model, **options)
+
+    monkeypatch.setattr(module, "metainit", failing)
+    torch.set_default_dtype(torch.float32)
+    summary = run(
+        replace(PRESETS["smoke"], data="digits", output=tmp_path / "run", quiet=True, learning_rates=(1e30, 0.1))
+    )
+    arms = summary["networks"]["plain-5-4"]["arms"]
+    assert arms["Kaiming × ¼ + MetaInit"]["learning_rate"] is None
+    assert len(arms["Kaiming × ¼ + MetaInit"]["failed"]) == 2
+    assert arms["Kaiming + MetaInit"]["seeds"] == [1]
+    assert arms["Kaiming"]["learning_rate"] == 0.1  # the other one diverged
+    assert arms["Kaiming"]["diverged"] >= 1
+    comparisons = summary["networks"]["plain-5-4"]["comparisons"]
+    assert [comparison["pairs"] for comparison in comparisons] == [0, 1, 0]
+    assert (tmp_path / "run" / "figure.png").exists()
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[options[0] for options, _ in MISTAKES])
