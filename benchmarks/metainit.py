@@ -175,8 +175,8 @@ def section_step(config: Config, device: torch.device) -> dict[str, Any]:
     for label, (name, options, size) in CASES.items():
         batch = noise(size, device)
         for variant, how in variants.items():
-            models = (network(name, device, **options) for _ in range(2))
-            results[f"{label}, {variant}"] = turn_by_turn(*models, batch, config, device, **how)
+            model, reference = (network(name, device, **options) for _ in range(2))
+            results[f"{label}, {variant}"] = turn_by_turn(model, reference, batch, config, device, **how)
     return results
 
 

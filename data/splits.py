@@ -5,7 +5,7 @@ Axes: n examples, h height, w width; the channels are always three (red, green, 
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -82,7 +82,7 @@ class ImageData:
 
     def subset(
         self, *, train: int | None = None, test: int | None = None, generator: torch.Generator, balanced: bool = True
-    ) -> Self:
+    ) -> "ImageData":
         """Fewer examples of each split, drawn without replacement and kept in their order.
 
         Args:
@@ -108,7 +108,7 @@ class ImageData:
         note = subset_note(len(parts["train"]), len(parts["test"]), balanced=balanced)
         return replace(self, **parts, identity=self.identity + note)
 
-    def resized(self, size: int) -> Self:
+    def resized(self, size: int) -> "ImageData":
         """The images shrunk to size × size, each new pixel the average of the area it covers.
 
         Raises:

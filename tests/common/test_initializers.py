@@ -728,3 +728,9 @@ def test_scaling_errors(factor):
         initializers.scale_layer_(model, 0, factor)
     with pytest.raises(ValueError, match=r"scale_layer_: `index` must be in \[-1, 1\), got 1"):
         initializers.scale_layer_(model, 1, 2.0)
+
+
+def test_fixup_refuses_blocks_without_their_skips():
+    # its zero layers would cut such a network in two
+    with pytest.raises(ValueError, match="blocks must have their skip connections, got one without"):
+        fixup_(make_network("resnet-8", skip=False), generator=torch.Generator())

@@ -319,9 +319,15 @@ def test_names_with_sizes():
         ("wrn-27-1", {}, r"WideResNet: `depth` must be 6n \+ 4 with n ≥ 1, got 27"),
         ("wrn-16-0", {}, r"WideResNet: `widen` must be at least 1, got 0"),
         ("vgg-12", {}, r"VGG: `depth` must be one of 11, 13, 16, 19, got 12"),
-        ("plain", {"depth": 3, "stages": 3}, r"PlainNet: `depth` must exceed `stages`, .* got 3 and 3"),
+        ("plain", {"depth": 1}, r"PlainNet: `depth` must be at least 2 and `stages` at least 1, got 1 and 3"),
     ],
 )
 def test_wrong_names_and_sizes(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_network(name, **options)
+
+
+def test_the_shallowest_plain_network_has_as_many_stages_as_convolutions():
+    model = make_network("plain-2-4")
+    assert [tuple(p.shape) for p in model.parameters() if p.ndim == 4] == [(4, 3, 3, 3)]
+    assert model(torch.zeros(2, 3, 8, 8, dtype=next(model.parameters()).dtype)).shape == (2, 10)
