@@ -98,6 +98,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
                 f"{row['training_seconds']:.1f}",
             )
         console.print(table)
+        console.print()
         for comparison in result["comparisons"]:
             console.print(conclude(comparison), highlight=False)
         for arm, row in result["arms"].items():
