@@ -108,8 +108,9 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         if lost:
             console.print("Diverged: " + ", ".join(f"{count} of {arm}" for arm, count in lost.items()) + ".")
         repeated = max(len(row["seeds"]) for row in result["arms"].values())
+        spread = f"; ± is the standard deviation over {repeated} seeds, no ± a single seed" if repeated > 1 else ""
         console.print(
-            f"\nTest accuracy; ± is the standard deviation over {repeated} seeds, no ± a single seed. "
+            f"\nTest accuracy{spread}. "
             "lr: best of the grid on held-out training images, first seed. "
             "GQ: gradient quotient before → after MetaInit, median of five noise batches. Seconds are of this machine.",
             style="dim",
@@ -129,8 +130,12 @@ def conclude(comparison: dict[str, Any]) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
+    """Two digits, without an exponent where that is short."""
     finite = [value for value in values if value is not None]
-    return f"{mean_and_deviation(finite)[0]:.2g}" if finite else ""
+    if not finite:
+        return ""
+    mean, _ = mean_and_deviation(finite)
+    return f"{mean:.0f}" if 10 <= mean < 100_000 else f"{mean:.2g}"
 
 
 # ---------------------------------------------------------------------------------------------- figure
