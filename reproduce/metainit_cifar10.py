@@ -85,7 +85,7 @@ class Config:
     learning_rates: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
     """The grid. Ours."""
     epochs: int = 200
-    """Ours, after the SGDR recipe."""
+    """Ours, after the SGDR recipe. More where a data set has fewer than `train_images`, for as many updates."""
     batch_size: int = 128
     """Ours, after the SGDR recipe."""
     weight_decay: float = 5e-4
@@ -319,6 +319,11 @@ def check_config(config: Config) -> None:
             make_network(network, activation=config.activation)
 
 
+def epochs_of(config: Config, images: int) -> int:
+    """As many updates on a set that is smaller than asked for, such as the embedded digits."""
+    return config.epochs if config.train_images is None else round(config.epochs * config.train_images / images)
+
+
 def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
@@ -334,8 +339,11 @@ def run(config: Config) -> dict[str, Any]:
     write_environment(folder, splits.data.record(), device)
     console.print(f"Data: {splits.data.identity}; {len(splits.validation):,} of the training images held out.")
     console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    epochs = epochs_of(config, len(splits.train))
+    if epochs != config.epochs:
+        console.print(f"Fewer images than asked for: {epochs} epochs instead of {config.epochs}, for as many updates.")
     with make_progress(quiet=config.quiet) as progress:
-        compute(config, folder, splits, progress)
+        compute(replace(config, epochs=epochs), folder, splits, progress)
     save_scales(folder)
     environment = {"data": splits.data.identity, "device": device_name(device)}
     summary = summarise(folder.records, [arm.name for arm in ARMS]) | environment

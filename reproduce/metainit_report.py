@@ -81,7 +81,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         title = f"\n{network}, no skip connections"
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         table.add_column("start", no_wrap=True)
-        for heading in ("GQ", "lr", "epoch 1 %", "final %", "init s", "train s"):
+        for heading in ("GQ", "lr", "epoch 1 %", "final %", "init", "train"):
             table.add_column(heading, justify="right", no_wrap=True)
         for arm, row in result["arms"].items():
             before, after = (_mean(row[f"gradient_quotient_{when}"]) for when in ("before", "after"))
@@ -112,7 +112,8 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         console.print(
             f"\nTest accuracy{spread}. "
             "lr: best of the grid on held-out training images, first seed. "
-            "GQ: gradient quotient before → after MetaInit, median of five noise batches. Seconds are of this machine.",
+            "GQ: gradient quotient before → after MetaInit, median of five noise batches. "
+            "init, train: seconds on this machine.",
             style="dim",
         )
 

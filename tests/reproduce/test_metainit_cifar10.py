@@ -242,6 +242,13 @@ def test_on_real_data(real_data, tmp_path):
     assert "CIFAR-10 from the local folder 'cifar10'" in " ".join(done.stdout.split())
 
 
+def test_a_small_set_gets_as_many_updates():
+    quick = PRESETS["quick"]
+    assert module.epochs_of(quick, quick.train_images) == quick.epochs
+    assert module.epochs_of(quick, quick.train_images // 3) == 3 * quick.epochs
+    assert module.epochs_of(PRESETS["paper"], 45_000) == 200
+
+
 def test_presets_are_what_they_say():
     assert all(config.preset == name for name, config in PRESETS.items())
     assert PRESETS["quick"].seeds >= 3
