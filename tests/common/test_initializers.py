@@ -17,15 +17,6 @@ from common.initializers import INITIALIZERS, fixup_, gain_of, kaiming_, lsuv_, 
 from common.networks import make_network
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # Tensors this small gain nothing from threads, which spin where the cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

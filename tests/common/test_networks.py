@@ -28,15 +28,6 @@ NORMALISED = [name for name in TINY if name not in {"skipinit", "fixup"}]
 SMOOTH = {"activation": "tanh"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # Tensors this small gain nothing from threads, which spin where the cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     state = torch.random.get_rng_state()
