@@ -26,6 +26,39 @@ def linearized_gradient(loss: PureLoss, params: Params, batch: Batch) -> tuple[P
     return g, lambda v: pull(v)[0]  # H is symmetric: vᵀH is (H v)ᵀ
 
 
+def taped_gradient(loss: PureLoss, params: Params, batch: Batch) -> tuple[Params, Callable[[Params], Params]]:
+    """`linearized_gradient` on autograd's own tape, for code that differentiates the result with `torch.autograd.grad`.
+
+    `params` require gradients. No transform surrounds the loss, so that nothing is wrapped, and convolutions are
+    differentiated by `common.convolution`: faster, but out of reach of an outer `torch.func` transform.
+    """
+    g = tape(loss(params, batch), params)
+    return g, lambda v: tape(g, params, v)
+
+
+def tape(outputs: Tensor | Params, params: Params, cotangents: Params | None = None, *, keep: bool = True) -> Params:
+    """Σ_l ⟨cotangent_l, output_l⟩ differentiated in `params`: zeros, not None, where nothing depends on them.
+
+    Args:
+        outputs: A scalar, or tensors by name.
+        params: Tensors that `outputs` were computed from.
+        cotangents: By the names of `outputs`.
+        keep: Whether the result is to be differentiated itself.
+    """
+    named = {"": outputs} if isinstance(outputs, Tensor) else outputs
+    live = [name for name, leaf in named.items() if leaf.requires_grad]  # linear in θ: nothing to differentiate
+    if not live:
+        return tree_map(torch.zeros_like, params)
+    gradients = torch.autograd.grad(
+        [named[name] for name in live],
+        list(params.values()),
+        None if cotangents is None else [cotangents[name] for name in live],
+        create_graph=keep,
+        materialize_grads=True,
+    )
+    return dict(zip(params, gradients, strict=True))
+
+
 def hvp(loss: PureLoss, params: Params, vector: Params, batch: Batch) -> Params:
     """H v with H = ∇²L(θ); no Hessian is formed.
 

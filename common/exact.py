@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from common.convolution import convolution
+
 __all__ = ["exact_derivatives"]
 
 
@@ -291,6 +293,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    **{native: convolution(native) for native in (torch.conv1d, torch.conv2d, torch.conv3d)},
     **{getattr(torch, kind): _recurrent(kind) for kind in _CELLS},
     **{getattr(torch, f"{kind}_cell"): cell for kind, cell in _CELLS.items()},
 }

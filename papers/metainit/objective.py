@@ -7,19 +7,20 @@ Source: Dauphin & Schoenholz, "MetaInit: Initializing learning by learning to in
 Figure 2. The forms (★) and (♣) below are algebraically equal to theirs and derived in this package's README.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.derivatives import accumulate, gradient, hvp, linearized_gradient
+from common.derivatives import accumulate, gradient, hvp, linearized_gradient, tape, taped_gradient
 from common.tree import flatten, numel, tree_add, tree_map, tree_vdot
 from common.types import Batch, Params, PureLoss
 
 Form = Literal["taylor", "step"]
 Metrics = dict[str, Float[Tensor, ""]]
+Linearize = Callable[[PureLoss, Params, Batch], tuple[Params, Callable[[Params], Params]]]
 
 
 def sign(g: Tensor) -> Tensor:
@@ -46,14 +47,19 @@ def relative_change(g: Tensor, c: Tensor, *, epsilon: float) -> Tensor:
 
 
 def gradient_and_change(
-    loss: PureLoss, theta: Params, batch: Batch, *, form: Form = "taylor", eta: float = 1.0
+    loss: PureLoss,
+    theta: Params,
+    batch: Batch,
+    *,
+    form: Form = "taylor",
+    eta: float = 1.0,
+    linearize: Linearize = linearized_gradient,
 ) -> tuple[Params, Params]:
     r"""g and its change c along one step: c = H g (`"taylor"`), or c = (g − g(θ − η g)) / η (`"step"`)."""
+    g, H = linearize(loss, theta, batch)  # θ → g, and v ↦ H v on the same graph
     if form == "taylor":
-        g, H = linearized_gradient(loss, theta, batch)  # θ → g, and v ↦ H v on the same graph
         return g, H(g)
-    g = gradient(loss, theta, batch)
-    g_ahead = gradient(loss, tree_add(theta, g, scale=-eta), batch)
+    g_ahead = linearize(loss, tree_add(theta, g, scale=-eta), batch)[0]
     return g, tree_map(lambda now, ahead: (now - ahead) / eta, g, g_ahead)
 
 
@@ -133,19 +139,12 @@ def meta_gradient(
 def _fused(
     loss: PureLoss, theta: Params, batch: Batch, names: list[str], epsilon: float, form: Form, eta: float
 ) -> tuple[Params, Metrics]:
-    # The outermost derivative is plain autograd: torch.func.grad would keep a fourth-order graph nobody asked for.
-    theta = {name: leaf.detach().requires_grad_(name in names) for name, leaf in theta.items()}
-    g, c = gradient_and_change(loss, theta, batch, form=form, eta=eta)
+    # On autograd's own tape: torch.func.grad would keep a fourth-order graph nobody asked for.
+    theta = {name: leaf.detach().requires_grad_() for name, leaf in theta.items()}
+    g, c = gradient_and_change(loss, theta, batch, form=form, eta=eta, linearize=taped_gradient)
     change = relative_change(flatten(g), flatten(c), epsilon=epsilon)
-    return _derivative(change.mean(), theta, names), diagnostics(flatten(g), change)
-
-
-def _derivative(scalar: Tensor, theta: Params, names: list[str]) -> Params:
-    """∂scalar/∂θ_l for the named tensors: zero, not None, for one that it does not depend on."""
-    leaves = [theta[name] for name in names]
-    if not scalar.requires_grad:  # a loss linear in θ: its gradient does not change with θ at all
-        return {name: torch.zeros_like(leaf) for name, leaf in zip(names, leaves, strict=True)}
-    return dict(zip(names, torch.autograd.grad(scalar, leaves, materialize_grads=True), strict=True))
+    tuned = {name: theta[name] for name in names}
+    return tape(change.mean(), tuned, keep=False), diagnostics(flatten(g), change)
 
 
 @torch.no_grad()
@@ -187,10 +186,10 @@ def _split_taylor(
     v = tree_add(u, Hw)
 
     def psi_gradient(piece: Batch) -> Params:
-        leaves = {name: leaf.detach().requires_grad_(name in names) for name, leaf in theta.items()}
-        g_piece, H = linearized_gradient(loss, leaves, piece)
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in theta.items()}
+        g_piece, H = taped_gradient(loss, leaves, piece)
         psi = tree_vdot(H(w), g) + tree_vdot(v, g_piece)  # (♣); wᵀ H g = (H w)ᵀ g
-        return _derivative(psi, leaves, names)
+        return tape(psi, {name: leaves[name] for name in names}, keep=False)
 
     N = numel(theta)
     total = accumulate(psi_gradient, batch, size)  # Σ_b w_b ∇ψ_b
