@@ -10,7 +10,6 @@ here ∂T/∂w for many examples is one batched matrix product over unfolded pat
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +135,7 @@ def _active_transforms() -> set[str]:
     return {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}  # pyright: ignore
 
 
-def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     value = (value,) if isinstance(value, int) else tuple(value)
     return value * axes if len(value) == 1 else value
 
@@ -163,11 +162,9 @@ def convolution(native: Any) -> Any:
         plain = input.ndim == weight.ndim == axes + 2 and not isinstance(padding, str) and input.is_floating_point()
         if not (wanted and plain and input.numel()):
             return native(input, weight, bias, stride, padding, dilation, groups)
-        geometry = Geometry(
-            *(_per_axis(value, axes) for value in (stride, padding, dilation)),
-            groups,
-            {"x": tuple(input.shape), "w": tuple(weight.shape)},
-        )
+        shapes = {"x": tuple(input.shape), "w": tuple(weight.shape)}
+        strides, paddings, dilations = (_per_axis(value, axes) for value in (stride, padding, dilation))
+        geometry = Geometry(strides, paddings, dilations, groups, shapes)
         y = contract({"x": input, "w": weight}, geometry)
         return y if bias is None else y + bias.reshape(-1, *[1] * axes)
 

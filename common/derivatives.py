@@ -1,22 +1,40 @@
-"""Gradients and Hessian-vector products of a pure loss, whole or summed over micro-batches."""
+"""Gradients, Hessian-vector products and per-group gradients of a pure loss, whole or summed over micro-batches.
 
-from collections.abc import Callable, Iterator
+Each is a pure function, differentiable in `params`, and composes with `torch.func`'s transforms (`taped_gradient` and
+`tape`, which live on autograd's own tape, excepted).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from common.batches import length_of, map_tensors, tensors_of
 from common.tree import tree_add, tree_map
 from common.types import Batch, Params, PureLoss
 
+HvpMode = Literal["reverse", "forward"]
+GroupMode = Literal["auto", "vmap", "loop", "shared"]
+Group = slice | Tensor
+"""Examples of a batch: a slice, or a tensor of indices."""
 
-def gradient(loss: PureLoss, params: Params, batch: Batch) -> Params:
+
+def gradient(loss: PureLoss, params: Params, batch: Batch, *, micro_batch_size: int | None = None) -> Params:
     """g = ∇L(θ), differentiable in θ.
+
+    Args:
+        loss: L, pure; with `micro_batch_size` the mean of its examples' losses, none of which may see another.
+        params: θ.
+        batch: Passed to `loss`.
+        micro_batch_size: Examples of which a graph is held at once; any size, the last piece may be smaller.
 
     Example:
         >>> gradient(lambda theta, _: (theta["w"] ** 2).sum(), {"w": torch.tensor([1.0, -2.0])}, None)["w"]
         tensor([ 2., -4.])
     """
+    if micro_batch_size is not None:
+        return accumulate(lambda piece: gradient(loss, params, piece), batch, micro_batch_size)
     return torch.func.grad(loss)(params, batch)
 
 
@@ -59,17 +77,151 @@ def tape(outputs: Tensor | Params, params: Params, cotangents: Params | None = N
     return dict(zip(params, gradients, strict=True))
 
 
-def hvp(loss: PureLoss, params: Params, vector: Params, batch: Batch) -> Params:
+def hvp(
+    loss: PureLoss,
+    params: Params,
+    vector: Params,
+    batch: Batch,
+    *,
+    mode: HvpMode = "reverse",
+    micro_batch_size: int | None = None,
+) -> Params:
     """H v with H = ∇²L(θ); no Hessian is formed.
+
+    Args:
+        loss: L, pure; with `micro_batch_size` the mean of its examples' losses, none of which may see another.
+        params: θ.
+        vector: v, with the names and shapes of θ.
+        batch: Passed to `loss`.
+        mode: `"reverse"` (over reverse) has the widest coverage. `"forward"` (over reverse) keeps no second graph, and
+            so needs less memory; where an operator has no forward-mode formula, the reverse mode is taken instead.
+        micro_batch_size: Examples of which a graph is held at once.
+
+    Raises:
+        ValueError: Unknown `mode`, or a `vector` that is not like `params`.
 
     Example:
         >>> loss = lambda theta, _: (theta["w"] ** 3).sum()
         >>> hvp(loss, {"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([1.0, 1.0])}, None)["w"]
         tensor([  6., -12.])
     """
+    if mode not in ("reverse", "forward"):
+        raise ValueError(f"hvp: `mode` must be 'reverse' or 'forward', got {mode!r}.")
+    odd = [name for name in params | vector if name not in params or name not in vector]
+    odd = odd or [name for name, leaf in params.items() if leaf.shape != vector[name].shape]
+    if odd:
+        raise ValueError(f"hvp: `vector` must have the names and shapes of `params`, got a difference at {odd[0]!r}.")
+    if micro_batch_size is not None:
+        return accumulate(lambda piece: hvp(loss, params, vector, piece, mode=mode), batch, micro_batch_size)
+    if mode == "forward":
+        try:
+            return torch.func.jvp(lambda theta: gradient(loss, theta, batch), (params,), (vector,))[1]
+        except RuntimeError:  # no forward-mode formula; what is wrong with the loss itself is raised below again
+            pass
     return linearized_gradient(loss, params, batch)[1](vector)
 
 
+# ---------------------------------------------------------------------------------------------- a gradient a group
+def group_gradients(
+    loss: PureLoss,
+    params: Params,
+    batch: Batch,
+    groups: Sequence[Group] | None = None,
+    *,
+    mode: GroupMode = "auto",
+    chunk_size: int | None = None,
+) -> Params:
+    """∇L_k(θ) for each group k of the batch's examples, differentiable in θ.
+
+    Args:
+        loss: Pure, the mean over a batch's examples. For `mode="shared"` one value an example, shape (b,).
+        params: θ.
+        batch: Any nesting of tensors, examples along dimension 0.
+        groups: Slices or index tensors; they may overlap. None: each example is a group.
+        mode: What a group is to a layer that looks across examples, and how it is computed:
+
+            - `"loop"` evaluates the loss on each group alone, so that BatchNorm takes each group's own statistics. It
+              asks nothing of the model.
+            - `"vmap"` is the same numbers from one vectorised pass; groups must be of one size, and the model free of
+              control flow that depends on data.
+            - `"shared"` evaluates the loss once on the whole batch, whose statistics all groups share, and
+              differentiates the mean of each group's values.
+            - `"auto"` is `"vmap"` where that is possible, else `"loop"`: the same numbers up to round-off.
+        chunk_size: Groups held in memory at once by `"vmap"`, and by `"shared"` in its backward passes; None: all of
+            them, and for `"shared"` one.
+
+    Returns:
+        `{name: (groups, *shape of the parameter)}`.
+
+    Raises:
+        ValueError: An unknown mode, no group, an empty one, groups of different sizes under `"vmap"`, a batch without
+            a common first dimension, or a loss of the wrong shape.
+
+    Example:
+        >>> loss = lambda theta, x: (theta["w"] * x).square().mean()
+        >>> group_gradients(loss, {"w": torch.tensor(3.0)}, torch.tensor([1.0, 2.0]))["w"]
+        tensor([ 6., 24.])
+    """
+    if mode not in ("auto", "vmap", "loop", "shared"):
+        raise ValueError(f"group_gradients: `mode` must be 'auto', 'vmap', 'loop' or 'shared', got {mode!r}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"group_gradients: `chunk_size` must be at least 1, got {chunk_size}.")
+    length = length_of(batch, "group_gradients")
+    groups = [slice(k, k + 1) for k in range(length)] if groups is None else groups
+    sizes = [len(range(length)[k]) if isinstance(k, slice) else len(k) for k in groups]
+    if not sizes or 0 in sizes:
+        raise ValueError(f"group_gradients: every group must hold an example, got groups of sizes {sizes}.")
+    if mode == "shared":
+        return _shared(loss, params, batch, groups, chunk_size)
+    equal = len(set(sizes)) == 1
+    if mode == "vmap" and not equal:
+        raise ValueError(
+            f"group_gradients: mode='vmap' needs groups of one size, got sizes {sizes}. Use mode='loop' or 'auto'."
+        )
+    if mode == "vmap":
+        return _vmapped(loss, params, batch, groups, chunk_size)
+    if mode == "auto" and equal and len(groups) > 1:
+        try:
+            return _vmapped(loss, params, batch, groups, chunk_size)
+        except RuntimeError:  # no batching rule, or control flow on data; what else is wrong the loop raises again
+            pass
+    return _stacked([gradient(loss, params, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
+
+
+def _stacked(trees: list[Params]) -> Params:
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def _vmapped(loss: PureLoss, params: Params, batch: Batch, groups: Sequence[Group], chunk_size: int | None) -> Params:
+    # Only tensors are mapped; whatever else the batch holds is every group's.
+    stacks = [torch.stack([leaf[k] for k in groups]) for leaf in tensors_of(batch)]
+
+    def of_group(*leaves: Tensor) -> Params:
+        pieces = iter(leaves)
+        return gradient(loss, params, map_tensors(lambda _: next(pieces), batch))
+
+    # "same": under a seed every group draws what it would draw alone
+    return torch.func.vmap(of_group, randomness="same", chunk_size=chunk_size)(*stacks)
+
+
+def _shared(loss: PureLoss, params: Params, batch: Batch, groups: Sequence[Group], chunk_size: int | None) -> Params:
+    def means(theta: Params) -> Tensor:
+        values = loss(theta, batch)
+        if values.ndim != 1:
+            raise ValueError(
+                "group_gradients: for mode='shared' the loss must return one value an example, shape (batch,), got "
+                f"shape {tuple(values.shape)}. Use reduction='none', and a mean over any further dimensions."
+            )
+        return torch.stack([values[k].mean() for k in groups])
+
+    values, pull = torch.func.vjp(means, params)[:2]
+    rows = torch.eye(len(groups), dtype=values.dtype, device=values.device)
+    if chunk_size is None:
+        return _stacked([pull(row)[0] for row in rows])
+    return torch.func.vmap(lambda row: pull(row)[0], chunk_size=chunk_size)(rows)
+
+
+# ---------------------------------------------------------------------------------------------- micro-batches
 def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[float, Batch]]:
     """The batch in pieces of at most `size` examples, each with its share of the examples (the shares sum to 1).
 
@@ -80,16 +232,10 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[float, Batch
         return
     if size < 1:
         raise ValueError(f"micro_batches: `size` must be at least 1, got {size}.")
-    lengths = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
-    if len(lengths) != 1:
-        raise ValueError(
-            f"micro_batches: every tensor of a batch must have the same first dimension, got {sorted(lengths)}. "
-            "Leave the micro-batch size unset for such batches."
-        )
-    (length,) = lengths
+    length = length_of(batch, "micro_batches")
     for start in range(0, length, size):
         end = min(start + size, length)
-        yield (end - start) / length, tree_map_only(Tensor, lambda leaf, a=start, b=end: leaf[a:b], batch)
+        yield (end - start) / length, map_tensors(lambda leaf, a=start, b=end: leaf[a:b], batch)
 
 
 def accumulate(term: Callable[[Batch], Params], batch: Batch, size: int | None) -> Params:

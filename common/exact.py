@@ -153,6 +153,50 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
+# ---------------------------------------------------------------------------------------------- embeddings
+def _embedding(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Dense gradients: a sparse one cannot be differentiated again."""
+    names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    options = dict(zip(names, args, strict=False)) | kwargs | {"sparse": False}
+    return F.embedding(input, weight, **options)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Sum, mean or maximum of embeddings a bag: torch's own has no second derivative."""
+    rows = _embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    counted = torch.ones_like(input, dtype=torch.bool)
+    if padding_idx is not None:
+        counted = input != padding_idx % weight.shape[0]
+        rows = rows.masked_fill(~counted.unsqueeze(-1), -math.inf if mode == "max" else 0.0)
+    if offsets is None:  # (bags, entries)
+        count = counted.sum(-1, keepdim=True)
+        if mode == "max":
+            return rows.amax(-2).masked_fill(count == 0, 0.0)
+        return rows.sum(-2) if mode == "sum" else rows.sum(-2) / count.clamp(min=1)
+    bags = len(offsets) - include_last_offset
+    bag = torch.searchsorted(offsets[:bags], torch.arange(len(input), device=input.device), right=True) - 1
+    count = counted.new_zeros(bags, dtype=torch.long).index_add(0, bag, counted.long()).unsqueeze(-1)
+    if mode == "max":
+        parts = [rows[bag == k].amax(0) if (bag == k).any() else rows.new_zeros(rows.shape[1]) for k in range(bags)]
+        return torch.stack(parts).masked_fill(count == 0, 0.0)
+    total = rows.new_zeros(bags, rows.shape[1]).index_add(0, bag, rows)
+    return total if mode == "sum" else total / count.clamp(min=1)
+
+
 # ---------------------------------------------------------------------------------------------- attention
 def _attention(
     query: Tensor,
@@ -291,6 +335,8 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     **{native: convolution(native) for native in (torch.conv1d, torch.conv2d, torch.conv3d)},

@@ -5,18 +5,20 @@ dropout's randomness comes from, which buffers may be written (none of the user'
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import is_lazy
 
+from common.batches import map_tensors, tensors_of
+from common.diagnosis import explained, label
 from common.exact import exact_derivatives
-from common.types import Batch, NotFiniteError, Params, PureLoss, UserLoss
+from common.precision import in_float64
+from common.types import Batch, DerivativeError, NotFiniteError, Params, PureLoss, UserLoss
 
 BatchNormMode = Literal["batch", "running"]
 
@@ -32,9 +34,12 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(model(x), y)
 
 
-def parameters_of(model: nn.Module) -> Params:
-    """The model's parameters, detached, a tied tensor under its first name only. They share the model's memory."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def parameters_of(model: nn.Module, *, dtype: torch.dtype | None = None) -> Params:
+    """The model's parameters, detached, a tied tensor under its first name only.
+
+    They share the model's memory, unless `dtype` asks for another type than theirs.
+    """
+    return {name: parameter.detach().to(dtype or parameter.dtype) for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -65,6 +70,7 @@ def pure_loss(
     batch_norm: BatchNormMode = "batch",
     exact: bool = True,
     seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PureLoss:
     """The loss as a function of parameters and batch that touches nothing but its arguments.
 
@@ -76,42 +82,79 @@ def pure_loss(
         loss_fn: `loss_fn(model, batch)`, the mean loss over examples, a scalar.
         batch_norm: `"batch"` normalises with the batch's own statistics, `"running"` with the stored ones.
         exact: Re-express fused kernels so that derivatives above the first are right (`common.exact`).
-        seed: None turns dropout off; a number turns it on, with this seed at every call.
+        seed: None turns dropout off; a number turns it on, with this seed at every call: one seed a step.
+        dtype: `torch.float64` evaluates in double precision, whatever the model's own is and whatever casts its layers
+            make; parameters passed in keep their type, and so do their gradients. None: as the model is.
 
     Raises:
-        TypeError: The model is wrapped.
-        ValueError: Unknown `batch_norm`, or a model that cannot be copied.
+        TypeError: The model is wrapped, quantised, or not yet initialised (lazy).
+        ValueError: Unknown `batch_norm` or `dtype`, or a model that cannot be copied. When called: a name that is none
+            of the model's parameters.
+        DerivativeError: When called or differentiated: a layer does what `torch.func` cannot follow, or changes a
+            parameter in place.
     """
     check_bare(model, "pure_loss")
     if batch_norm not in ("batch", "running"):
         raise ValueError(f"pure_loss: `batch_norm` must be 'batch' or 'running', got {batch_norm!r}.")
+    if dtype not in (None, torch.float64):
+        raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
     wrapped = _LossModule(_structural_copy(model), loss_fn)
     _set_modes(wrapped.model, batch_norm, dropout=seed is not None)
     buffers = dict(wrapped.named_buffers())
+    own = {f"model.{name}": leaf for name, leaf in parameters_of(model).items()}
+    first = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    proven = False  # that a call leaves parameters as they are: until then it gets copies of them
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf if dtype is None or not leaf.is_floating_point() else leaf.to(dtype)
 
     def evaluate(params: Params, batch: Batch) -> Tensor:
-        state = {f"model.{name}": value for name, value in params.items()}
-        state |= {name: buffer.clone() for name, buffer in buffers.items()}
-        return functional_call(wrapped, state, (batch,))
-
-    def seeded(params: Params, batch: Batch) -> Tensor:
-        if seed is None:
-            return evaluate(params, batch)
-        # Inside the function: a recomputation draws the same mask, and the caller's random state is left alone.
-        with torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(seed)
-            for index in devices:
-                torch.cuda.default_generators[index].manual_seed(seed)
-            return evaluate(params, batch)
+        nonlocal proven
+        if unknown := params.keys() - names.keys():
+            raise ValueError(f"pure_loss: names must be the model's parameters, got {min(unknown)!r}.")
+        originals = own | {names[name]: value for name, value in params.items()}  # a tied tensor under its first name
+        originals = {name: cast(leaf) for name, leaf in originals.items()}
+        given = originals if proven else {name: leaf.clone() for name, leaf in originals.items()}
+        state = given | {name: cast(buffer.clone()) for name, buffer in buffers.items()}
+        versions = {name: leaf._version for name, leaf in given.items()}
+        with explained(wrapped):
+            value = functional_call(wrapped, state, (batch if dtype is None else map_tensors(cast, batch),))
+        for name, leaf in given.items():
+            if leaf._version != versions[name] or not (proven or _same_values(leaf, originals[name])):
+                raise DerivativeError(
+                    f"pure_loss: a forward pass must leave parameters as they are, but {name.removeprefix('model.')!r} "
+                    "is changed in place. Likely causes: weights clipped or renormalised in `forward`, or an embedding "
+                    "with `max_norm`. Do it outside of the model, or by torch.nn.utils.parametrize."
+                )
+        proven = True
+        return value
 
     def loss(params: Params, batch: Batch) -> Tensor:
-        if not exact:
-            return seeded(params, batch)
-        with exact_derivatives():
-            return seeded(params, batch)
+        with ExitStack() as stack:
+            if seed is not None:
+                # Inside the function: a recomputation draws the same mask, and the caller's random state is left alone.
+                stack.enter_context(torch.random.fork_rng(devices))
+                torch.default_generator.manual_seed(seed)
+                for index in devices:
+                    torch.cuda.default_generators[index].manual_seed(seed)
+            if exact:
+                stack.enter_context(exact_derivatives())
+            if dtype is not None:
+                stack.enter_context(in_float64())
+            return evaluate(params, batch)
 
     return loss
+
+
+@torch.no_grad()
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, beneath whatever transforms wrap them; NaN equals NaN."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(a) and functorch.is_functorch_wrapped_tensor(b):
+        a, b = functorch.get_unwrapped(a), functorch.get_unwrapped(b)
+    return torch.equal(a, b) or bool((a.isnan() & b.isnan() | (a == b)).all())
 
 
 class _LossModule(nn.Module):
@@ -128,14 +171,17 @@ class _LossModule(nn.Module):
 
 def _structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor, so that flags can be set without touching the original."""
-    tensors = [*model.parameters(), *model.buffers()]
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        # Results of a computation kept as attributes, which deepcopy refuses: the weight that an old-style
+        # torch.nn.utils.weight_norm leaves for its hook to renew, say.
+        shared |= {id(v): v.detach().clone() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf}
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        return copy.deepcopy(model, shared)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"pure_loss: the model must be copyable, got {type(model).__name__}, for which deepcopy says: {error} "
-            "Old-style hooks such as torch.nn.utils.weight_norm are the usual cause; "
-            "use torch.nn.utils.parametrizations instead."
+            "Attributes that hold locks, files or results of a computation are the usual cause."
         ) from error
 
 
@@ -156,31 +202,6 @@ def uses_batch_statistics(model: nn.Module, batch_norm: BatchNormMode) -> bool:
         isinstance(module, nn.modules.batchnorm._BatchNorm) and (batch_norm == "batch" or module.running_mean is None)
         for module in model.modules()
     )
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Gradients on, autocast off, float32 products in float32, and all as before afterwards.
-
-    Initialisers run in the parameters' own precision: no TF32 on a GPU, no bfloat16 inside a CPU's matrix products.
-    """
-    cudnn = torch.backends.cudnn
-    with ExitStack() as stack:
-        try:
-            if (before := torch.get_float32_matmul_precision()) != "highest":
-                stack.callback(torch.set_float32_matmul_precision, before)
-                torch.set_float32_matmul_precision("highest")
-            if device.type == "cuda":
-                stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-                cudnn.allow_tf32 = False  # pyright: ignore[reportAttributeAccessIssue]
-        except RuntimeError:  # set by the newer `fp32_precision`, with which the older switches refuse to be mixed
-            backends: Any = torch.backends
-            for switch in (backends.mkldnn.matmul, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
-                stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
-                switch.fp32_precision = "ieee"
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
 
 
 # ---------------------------------------------------------------------------------------------- what entry points check
@@ -204,6 +225,17 @@ def check_bare(model: nn.Module, caller: str) -> None:
                 f"{caller}: `model` must not be compiled, got the result of torch.compile{where}. "
                 "Pass the module inside it: `model._orig_mod`."
             )
+        if "quantized" in type(module).__module__.split("."):
+            raise TypeError(
+                f"{caller}: `model` must not be quantised, got {type(module).__name__}{where}. "
+                "Initialise the float model and quantise afterwards."
+            )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TypeError(
+                f"{caller}: `model` must have its shapes, got the uninitialised parameter {name!r} of a lazy module. "
+                "Run one forward pass first."
+            )
     sharded = [
         name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "full_tensor")
     ]
@@ -217,8 +249,8 @@ def check_bare(model: nn.Module, caller: str) -> None:
 def check_devices(model: nn.Module, batch: Batch, caller: str) -> None:
     """The model's parameters and every tensor of the batch must be on one device."""
     devices = {p.device for p in model.parameters()}
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.device not in devices:
+    for leaf in tensors_of(batch):
+        if leaf.device not in devices:
             where = ", ".join(sorted(map(str, devices)))
             raise ValueError(
                 f"{caller}: the batch must be on the model's device ({where}), got a tensor on {leaf.device}. "
@@ -228,13 +260,20 @@ def check_devices(model: nn.Module, batch: Batch, caller: str) -> None:
 
 @torch.no_grad()
 def check_first_batch(
-    model: nn.Module, loss_fn: UserLoss, batch: Batch, caller: str, *, batch_norm: BatchNormMode
+    model: nn.Module,
+    loss_fn: UserLoss,
+    batch: Batch,
+    caller: str,
+    *,
+    batch_norm: BatchNormMode,
+    seed: int | None = None,
 ) -> None:
-    """One forward pass before anything is computed: devices agree, labels fit the model, the loss is finite."""
+    """Two forward passes before anything is computed: devices agree, labels fit, the loss is one finite number."""
     check_devices(model, batch, caller)
     if loss_fn is classification_loss:
         _check_classification(model, batch, caller, batch_norm)
-    value = pure_loss(model, loss_fn, batch_norm=batch_norm)({}, batch)
+    loss = pure_loss(model, loss_fn, batch_norm=batch_norm, seed=seed)
+    value = loss({}, batch)
     if not isinstance(value, Tensor) or value.ndim != 0:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{caller}: `loss_fn` must return a scalar tensor, the mean over examples, got {got}.")
@@ -243,6 +282,37 @@ def check_first_batch(
             f"{caller}: the loss must be finite, got {value.item()} at the first batch (step 1). Likely causes: "
             "weights so large that activations overflow (scale them down, or use float64), or a batch that holds NaN."
         )
+    again = loss({}, batch)
+    if not torch.isclose(value, again, rtol=1e-5, atol=1e-7):  # on a GPU equal up to the order of sums
+        raise ValueError(
+            f"{caller}: the loss must be the same at every evaluation, got {value.item():g} and {again.item():g}: "
+            f"{_first_to_differ(model, loss_fn, batch, batch_norm)} draws random numbers in evaluation mode. "
+            "Turn them off, or make them depend on the input."
+        )
+
+
+def _first_to_differ(model: nn.Module, loss_fn: UserLoss, batch: Batch, batch_norm: BatchNormMode) -> str:
+    """The innermost layer whose output differs between two evaluations."""
+    outputs: list[list[tuple[str, list[Tensor]]]] = []
+
+    def recording(model: nn.Module, batch: Batch) -> Tensor:
+        outputs.append([])
+        handles = [
+            module.register_forward_hook(lambda m, _, y, n=name: outputs[-1].append((label(n, m), tensors_of(y))))
+            for name, module in model.named_modules()
+        ]
+        try:
+            return loss_fn(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    for _ in range(2):
+        pure_loss(model, recording, batch_norm=batch_norm)({}, batch)
+    for (name, first), (_, second) in zip(*outputs, strict=False):
+        if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)):
+            return name
+    return "the loss function"
 
 
 def logits_of(model: nn.Module, x: Tensor, caller: str, batch_norm: BatchNormMode) -> Tensor:

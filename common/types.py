@@ -23,6 +23,10 @@ class NotFiniteError(ValueError):
     """A loss or a derivative overflowed, or was NaN: of the weights or the data, not of a wrong option."""
 
 
+class DerivativeError(RuntimeError):
+    """A layer stands in the way of a derivative; the message names it, and the way out."""
+
+
 @dataclass(frozen=True)
 class InitResult:
     """What an initialiser did to a model.

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common.functional import classification_loss, full_precision, load_parameters_, parameters_of, pure_loss
+from common.functional import classification_loss, load_parameters_, parameters_of, pure_loss
 from common.networks import make_network
+from common.precision import full_precision
 from common.record import Run, device_name, open_run, write_environment
 from common.training import TrainingConfig, classification_metrics, train
 from common.types import Batch, NotFiniteError

@@ -24,13 +24,14 @@ from common.functional import (
     check_first_batch,
     check_labels,
     classification_loss,
-    full_precision,
     load_parameters_,
     logits_of,
     parameters_of,
     pure_loss,
     uses_batch_statistics,
 )
+from common.guard import naming_the_layer
+from common.precision import full_precision
 from common.tree import tree_dots, tree_norms
 from common.types import Batch, InitResult, NotFiniteError, Params, UserLoss
 from papers.metainit.objective import Form, meta_gradient
@@ -200,6 +201,7 @@ def metainit(
         ValueError: An option out of range; nothing to tune; batches that do not fit the model or end too soon.
         NotFiniteError: A loss, quotient or meta-gradient that is not finite, with the step at which it happened (a
             ValueError too).
+        DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -253,16 +255,17 @@ def metainit(
                 if classes is not None:
                     check_labels(batch[1], classes, "metainit")
                 theta = _rescaled(theta0, tuned, nu / n0)
-                G, metrics = meta_gradient(
-                    loss,
-                    theta,
-                    batch,
-                    tuned=tuned,
-                    epsilon=epsilon,
-                    form=form,
-                    eta=eta,
-                    micro_batch_size=micro_batch_size,
-                )
+                with naming_the_layer(model, loss_fn, batch, "metainit", batch_norm=batch_norm, exact=exact):
+                    G, metrics = meta_gradient(
+                        loss,
+                        theta,
+                        batch,
+                        tuned=tuned,
+                        epsilon=epsilon,
+                        form=form,
+                        eta=eta,
+                        micro_batch_size=micro_batch_size,
+                    )
                 slopes = tree_dots(theta, G, tuned)  # n_l ∂GQ/∂n_l = ⟨θ_l, G_l⟩: only its sign is used
                 lr_t = lr * (1 - (t - 1) / steps) if linear_decay else lr
                 n, m = sign_momentum_step(

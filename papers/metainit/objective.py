@@ -179,10 +179,10 @@ def _split_taylor(
 
     g, w and v are constants in ψ; each pass below is a weighted sum over micro-batches.
     """
-    g = accumulate(lambda piece: gradient(loss, theta, piece), batch, size)  # θ → g
-    Hg = accumulate(lambda piece: hvp(loss, theta, g, piece), batch, size)  # g → Hg
+    g = gradient(loss, theta, batch, micro_batch_size=size)  # θ → g
+    Hg = hvp(loss, theta, g, batch, micro_batch_size=size)  # g → Hg
     w, u = cotangents(g, Hg, epsilon=epsilon)
-    Hw = accumulate(lambda piece: hvp(loss, theta, w, piece), batch, size)  # w → Hw
+    Hw = hvp(loss, theta, w, batch, micro_batch_size=size)  # w → Hw
     v = tree_add(u, Hw)
 
     def psi_gradient(piece: Batch) -> Params:
@@ -202,14 +202,14 @@ def _split_step(
     loss: PureLoss, theta: Params, batch: Batch, names: list[str], epsilon: float, eta: float, size: int
 ) -> tuple[Params, Metrics]:
     r"""N ∇GQ_η = H(θ) (u + w/η + z) − z/η,   z = H(θ − η g) w: two Hessian-vector products, second order."""
-    g = accumulate(lambda piece: gradient(loss, theta, piece), batch, size)
+    g = gradient(loss, theta, batch, micro_batch_size=size)
     ahead = tree_add(theta, g, scale=-eta)
-    g_ahead = accumulate(lambda piece: gradient(loss, ahead, piece), batch, size)
+    g_ahead = gradient(loss, ahead, batch, micro_batch_size=size)
     c = tree_map(lambda now, later: (now - later) / eta, g, g_ahead)
     w, u = cotangents(g, c, epsilon=epsilon)
-    z = accumulate(lambda piece: hvp(loss, ahead, w, piece), batch, size)
+    z = hvp(loss, ahead, w, batch, micro_batch_size=size)
     direction = tree_map(lambda u, w, z: u + w / eta + z, u, w, z)
-    Hd = accumulate(lambda piece: hvp(loss, theta, direction, piece), batch, size)
+    Hd = hvp(loss, theta, direction, batch, micro_batch_size=size)
     N = numel(theta)
     return {name: (Hd[name] - z[name] / eta) / N for name in names}, diagnostics(
         flatten(g), relative_change(flatten(g), flatten(c), epsilon=epsilon)

@@ -1,5 +1,7 @@
 """Gradients and Hessian products against dense matrices; micro-batches against the whole batch."""
 
+from collections import UserDict
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -10,7 +12,17 @@ from torch import nn
 from torch.testing import assert_close
 
 from common import derivatives
-from common.derivatives import accumulate, gradient, hvp, linearized_gradient, micro_batches
+from common.batches import map_tensors, tensors_of
+from common.derivatives import (
+    accumulate,
+    gradient,
+    group_gradients,
+    hvp,
+    linearized_gradient,
+    micro_batches,
+    tape,
+    taped_gradient,
+)
 from common.functional import parameters_of, pure_loss
 
 
@@ -70,11 +82,14 @@ def test_products_are_those_of_the_dense_hessian(net):
     loss, params, vector, batch = problem(net)
     g, H = dense(loss, params, batch)
     assert_close(flat(gradient(loss, params, batch)), g, rtol=1e-9, atol=1e-12)
-    assert_close(flat(hvp(loss, params, vector, batch)), H @ flat(vector), rtol=1e-9, atol=1e-12)
-    value, product = linearized_gradient(loss, params, batch)
-    assert_close(flat(value), g, rtol=1e-9, atol=1e-12)
-    for v in (vector, params):  # the map is used more than once
-        assert_close(flat(product(v)), H @ flat(v), rtol=1e-9, atol=1e-12)
+    for mode in ("reverse", "forward"):
+        assert_close(flat(hvp(loss, params, vector, batch, mode=mode)), H @ flat(vector), rtol=1e-9, atol=1e-12)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    for linearize, at in ((linearized_gradient, params), (taped_gradient, leaves)):
+        value, product = linearize(loss, at, batch)
+        assert_close(flat(value), g, rtol=1e-9, atol=1e-12)
+        for v in (vector, params):  # the map is used more than once
+            assert_close(flat(product(v)), H @ flat(v), rtol=1e-9, atol=1e-12)
 
 
 def test_products_of_a_known_hessian():
@@ -179,11 +194,12 @@ def test_every_mutant_is_caught(mutant):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 def test_gradients_and_products_accumulate(size):
     loss, params, vector, batch = problem("layer norm")
-    for term in (
-        lambda piece: gradient(loss, params, piece),
-        lambda piece: hvp(loss, params, vector, piece),
+    for whole in (
+        partial(gradient, loss, params, batch),
+        partial(hvp, loss, params, vector, batch),
+        partial(hvp, loss, params, vector, batch, mode="forward"),
     ):
-        assert_close(accumulate(term, batch, size), term(batch), rtol=1e-9, atol=1e-12)
+        assert_close(whole(micro_batch_size=size), whole(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_whole_batch_may_be_anything():
@@ -197,3 +213,260 @@ UNEQUAL = {"ragged": ((torch.ones(4), torch.ones(3, 4)), r"\[3, 4\]"), "no tenso
 def test_batches_that_cannot_be_split_are_refused(batch, got):
     with pytest.raises(ValueError, match=f"must have the same first dimension, got {got}.*Leave the micro-batch size"):
         list(micro_batches(batch, 2))
+
+
+class Encoding(UserDict):
+    """As `transformers.BatchEncoding`: a mapping that torch's pytrees take for a leaf, with attributes."""
+
+    def __getattr__(self, name):
+        return self.data[name]
+
+
+def test_hugging_face_batches_are_split_too():
+    batch = Encoding({"input_ids": torch.arange(10).view(5, 2), "attention_mask": torch.ones(5, 2), "note": "kept"})
+    pieces = [piece for _, piece in micro_batches({"inputs": batch}, 2)]
+    assert [len(piece["inputs"].input_ids) for piece in pieces] == [2, 2, 1]
+    assert torch.equal(torch.cat([piece["inputs"]["input_ids"] for piece in pieces]), batch["input_ids"])
+    assert all(isinstance(piece["inputs"], Encoding) and piece["inputs"].note == "kept" for piece in pieces)
+    assert len(tensors_of(batch)) == 2
+    assert batch.input_ids.shape == (5, 2)  # the batch itself is as it was
+
+
+def test_leaves_of_a_batch_keep_their_places():
+    batch = (torch.ones(2), [{"a": torch.zeros(2), "b": None}, "text"], 3)
+    assert_close(map_tensors(lambda leaf: leaf + 1, batch)[1][0]["a"], torch.ones(2))
+    assert map_tensors(lambda leaf: leaf + 1, batch)[1:] == ([{"a": mock.ANY, "b": None}, "text"], 3)
+
+
+# ---------------------------------------------------------------------------------------------- Hessian products
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_products_are_differentiable_in_either_mode(mode):
+    loss, params, vector, batch = problem("layer norm")
+
+    def curvature(params):
+        Hv = hvp(loss, params, vector, batch, mode=mode)
+        return sum((Hv[name] * vector[name]).sum() for name in params)
+
+    third = torch.func.grad(curvature)(params)
+    h = 1e-4
+    for name in params:
+        step = {name: h * vector[name]}
+        ahead, behind = ({**params, name: params[name] + sign * step[name]} for sign in (1, -1))
+        difference = (curvature(ahead) - curvature(behind)) / (2 * h)
+        assert_close((third[name] * vector[name]).sum(), difference, rtol=1e-5, atol=1e-7)
+
+
+class NoForward(torch.autograd.Function):
+    """x³ without a forward-mode formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, h):
+        return 3 * ctx.saved_tensors[0] ** 2 * h
+
+
+def test_forward_mode_falls_back_to_reverse():
+    theta, v = {"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([1.0, 1.0])}
+    loss = lambda theta, _: NoForward.apply(theta["w"]).sum()
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda theta: gradient(loss, theta, None), (theta,), (v,))
+    assert_close(hvp(loss, theta, v, None, mode="forward")["w"], torch.tensor([6.0, -12.0]))
+
+
+def test_bad_arguments_of_products_are_named():
+    loss, params, vector, batch = problem("tied")
+    with pytest.raises(ValueError, match="`mode` must be 'reverse' or 'forward', got 'both'"):
+        hvp(loss, params, vector, batch, mode="both")
+    with pytest.raises(
+        ValueError, match=r"`vector` must have the names and shapes of `params`, got a difference at '0.b"
+    ):
+        hvp(loss, params, {name: leaf for name, leaf in vector.items() if name != "0.bias"}, batch)
+    with pytest.raises(ValueError, match=r"got a difference at '0.bias'"):
+        hvp(loss, params, {**vector, "0.bias": torch.ones(2)}, batch)
+
+
+def test_what_does_not_depend_on_the_parameters_has_zero_derivatives():
+    theta = {"w": torch.ones(2, requires_grad=True), "unused": torch.ones(3, requires_grad=True)}
+    g, H = taped_gradient(lambda t, _: (3 * t["w"]).sum(), theta, None)  # linear: its gradient is a constant
+    assert_close(g, {"w": torch.full((2,), 3.0), "unused": torch.zeros(3)})
+    assert_close(H(theta), {"w": torch.zeros(2), "unused": torch.zeros(3)})
+    assert_close(tape(torch.ones(()), theta), {"w": torch.zeros(2), "unused": torch.zeros(3)})
+
+
+# ---------------------------------------------------------------------------------------------- groups
+def per_example_loss(net):
+    """One value an example, from one forward pass."""
+    return pure_loss(net, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none"))
+
+
+GROUPS = {
+    "examples": None,
+    "slices": [slice(0, 2), slice(1, 3), slice(3, 5)],
+    "indices": [torch.tensor([4, 0]), torch.tensor([2, 2])],
+    "unequal": [slice(0, 3), slice(3, 5)],
+    "one": [slice(0, 5)],
+}
+
+
+def oracle(loss, params, batch, groups):
+    """One evaluation a group, plain autograd."""
+    groups = [slice(k, k + 1) for k in range(5)] if groups is None else groups
+    rows = []
+    for group in groups:
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+        value = loss(leaves, tuple(part[group] for part in batch))
+        rows.append(torch.autograd.grad(value, list(leaves.values())))
+    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(params)}
+
+
+def check_groups(group_gradients) -> None:
+    for net in ("layer norm", "batch norm", "attention", "tied"):
+        loss, params, _, batch = problem(net)
+        for name, groups in GROUPS.items():
+            if net == "batch norm" and name == "examples":
+                continue  # no statistics of one example
+            expected = oracle(loss, params, batch, groups)
+            modes = ("auto", "loop") if name == "unequal" else ("auto", "loop", "vmap")
+            for mode in modes:
+                for chunk in (None, 1, 2):
+                    actual = group_gradients(loss, params, batch, groups, mode=mode, chunk_size=chunk)
+                    assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def check_shared(group_gradients) -> None:
+    """The rows of the Jacobian of the values; `loop`, where no layer looks across examples."""
+    for net in ("layer norm", "batch norm"):
+        _, params, _, batch = problem(net)
+        model = NETS[net]()
+        values = per_example_loss(model)
+        jacobian = torch.func.jacrev(lambda params: values(params, batch))(params)
+        for groups in GROUPS.values():
+            parts = [slice(k, k + 1) for k in range(5)] if groups is None else groups
+            expected = {name: torch.stack([leaf[k].mean(0) for k in parts]) for name, leaf in jacobian.items()}
+            for chunk in (None, 1, 2):
+                actual = group_gradients(values, params, batch, groups, mode="shared", chunk_size=chunk)
+                assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+            if net == "layer norm":
+                alone = group_gradients(pure_loss(model), params, batch, groups, mode="loop")
+                assert_close(actual, alone, rtol=1e-9, atol=1e-12)
+
+
+def check_through(group_gradients) -> None:
+    """d/dθ Σ_k ‖g_k‖⁴ against central differences of the oracle."""
+    for net in ("layer norm", "batch norm", "attention", "tied"):
+        loss, params, vector, batch = problem(net)
+        groups = GROUPS["slices"]
+        spread = lambda g: flat({name: leaf.flatten(1).T for name, leaf in g.items()}).square().square().sum()
+        h = 1e-4
+        moved = ({name: leaf + k * h * vector[name] for name, leaf in params.items()} for k in (-2, -1, 1, 2))
+        a, b, c, d = (spread(oracle(loss, at, batch, groups)) for at in moved)
+        difference = (a - 8 * b + 8 * c - d) / (12 * h)
+        for mode in ("vmap", "loop"):
+            by_func = torch.func.grad(lambda at, m=mode: spread(group_gradients(loss, at, batch, groups, mode=m)))(
+                params
+            )
+            leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+            by_tape = tape(spread(group_gradients(loss, leaves, batch, groups, mode=mode)), leaves)
+            for g in (by_func, by_tape):
+                assert_close(flat(g) @ flat(vector), difference, rtol=1e-6, atol=1e-9)
+
+
+GROUP_CHECKS = [check_groups, check_shared, check_through]
+
+
+@pytest.mark.parametrize("check", GROUP_CHECKS)
+def test_group_gradients(check):
+    check(group_gradients)
+
+
+def detached_groups(loss, params, batch, groups=None, *, mode="auto", chunk_size=None):
+    return {name: leaf.detach() for name, leaf in group_gradients(
+        loss, params, batch, groups, mode=mode, chunk_size=chunk_size).items()}  # fmt: skip
+
+
+def summed_groups(loss, params, batch, groups=None, *, mode="auto", chunk_size=None):
+    out = group_gradients(loss, params, batch, groups, mode=mode, chunk_size=chunk_size)
+    sizes = [1] * 5 if groups is None else [len(range(5)[k]) if isinstance(k, slice) else len(k) for k in groups]
+    return {name: leaf * torch.tensor(sizes).view(-1, *[1] * (leaf.ndim - 1)) for name, leaf in out.items()}
+
+
+def always_shared_order(loss, params, batch, groups=None, *, mode="auto", chunk_size=None):
+    out = group_gradients(loss, params, batch, groups, mode=mode, chunk_size=chunk_size)
+    return {name: leaf.flip(0) for name, leaf in out.items()}
+
+
+def whole_batch(loss, params, batch, groups=None, *, mode="auto", chunk_size=None):
+    out = group_gradients(loss, params, batch, groups, mode=mode, chunk_size=chunk_size)
+    return {name: leaf.mean(0, keepdim=True).expand_as(leaf) for name, leaf in out.items()}
+
+
+def first_chunk_only(loss, params, batch, groups=None, *, mode="auto", chunk_size=None):
+    out = group_gradients(loss, params, batch, groups, mode=mode, chunk_size=chunk_size)
+    return out if chunk_size is None else {name: leaf[:chunk_size].expand_as(leaf) if chunk_size == 1 else leaf
+                                           for name, leaf in out.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", [detached_groups, summed_groups, always_shared_order, whole_batch, first_chunk_only])
+def test_every_group_mutant_is_caught(mutant):
+    def dies(check) -> bool:
+        try:
+            check(mutant)
+        except (AssertionError, RuntimeError):  # what is detached has no derivative to take
+            return True
+        return False
+
+    assert any(dies(check) for check in GROUP_CHECKS)
+
+
+def test_a_seed_gives_every_group_its_own_evaluations_mask():
+    net = nn.Sequential(nn.Linear(3, 20), nn.Dropout(0.5), nn.Linear(20, 2))
+    loss, (_, params, _, batch) = pure_loss(net, seed=3), problem("layer norm")
+    params = parameters_of(net)
+    by_loop, by_vmap = (group_gradients(loss, params, batch, mode=mode) for mode in ("loop", "vmap"))
+    assert_close(by_vmap, by_loop, rtol=1e-9, atol=1e-12)
+    assert_close(group_gradients(loss, params, batch, mode="vmap", chunk_size=2), by_loop, rtol=1e-9, atol=1e-12)
+    other = group_gradients(pure_loss(net, seed=4), params, batch, mode="loop")
+    assert not torch.allclose(other["0.weight"], by_loop["0.weight"])
+
+
+def test_what_is_no_tensor_is_every_groups():
+    batch = Encoding({"x": torch.randn(4, 3), "scale": 2.0})
+    loss = lambda theta, batch: (theta["w"] * batch.x).square().mean() * batch.scale
+    theta = {"w": torch.randn(3)}
+    for mode in ("vmap", "loop"):
+        g = group_gradients(loss, theta, batch, mode=mode)["w"]
+        assert_close(g, 2 * 2 * theta["w"] * batch.x**2 / 3, rtol=1e-12, atol=1e-13)
+
+
+def test_auto_loops_where_vmap_cannot_follow():
+    loss = lambda theta, x: (theta["w"] * x).sum() * (2.0 if x.sum().item() > 0 else 3.0)
+    theta, x = {"w": torch.ones(())}, torch.tensor([1.0, -1.0])
+    with pytest.raises(RuntimeError, match="item"):
+        group_gradients(loss, theta, x, mode="vmap")
+    assert_close(group_gradients(loss, theta, x)["w"], torch.tensor([2.0, -3.0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "map"}, "`mode` must be 'auto', 'vmap', 'loop' or 'shared', got 'map'"),
+        ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
+        ({"groups": []}, r"every group must hold an example, got groups of sizes \[\]"),
+        ({"groups": [slice(0, 2), slice(5, 7)]}, r"every group must hold an example, got groups of sizes \[2, 0\]"),
+        ({"groups": GROUPS["unequal"], "mode": "vmap"}, r"needs groups of one size, got sizes \[3, 2\]"),
+        ({"mode": "shared"}, r"one value an example, shape \(batch,\), got shape \(\)"),
+    ],
+)
+def test_bad_groups_are_named(options, message):
+    loss, params, _, batch = problem("tied")
+    with pytest.raises(ValueError, match=message):
+        group_gradients(loss, params, batch, **options)

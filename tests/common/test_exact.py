@@ -115,6 +115,35 @@ class Tied(nn.Module):
         return self.decode(self.norm(self.embed(x.argmax(-1))))
 
 
+class Bag(nn.Module):
+    """An embedding bag over the tokens that the input's signs spell, some of them padding."""
+
+    def __init__(self, *, weighted: bool = False, flat: bool = False, **options) -> None:
+        super().__init__()
+        self.flat, self.bag, self.decode = flat, nn.EmbeddingBag(5, 4, **options), nn.Linear(4, 2)
+        self.weights = nn.Parameter(torch.empty(TIME)) if weighted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (2 * x[..., 0]).abs().long().clamp(max=4)
+        weights = None if self.weights is None else self.weights.expand(tokens.shape)
+        if self.flat:  # bags of all sizes, the first of them empty
+            offsets = torch.tensor([0, 0, 1])
+            flat_weights = None if weights is None else weights.flatten()
+            return self.decode(self.bag(tokens.flatten(), offsets, flat_weights))
+        return self.decode(self.bag(tokens, per_sample_weights=weights))
+
+
+class Sparse(nn.Module):
+    """An embedding that asks for sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.decode = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.embed(x.argmax(-1)).tanh())
+
+
 def norm_net(norm: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 4), norm, nn.Tanh(), nn.Linear(4, 2))
 
@@ -174,6 +203,13 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "RNN cell": lambda: Cell(nn.RNNCell(FEATURES, 4), learned=False),
     "RNN cell, initial state": lambda: Cell(nn.RNNCell(FEATURES, 4, nonlinearity="relu"), learned=True),
     "tied weights": Tied,
+    "sparse embedding": Sparse,
+    "embedding bag, sum": lambda: Bag(mode="sum", weighted=True),
+    "embedding bag, mean": lambda: Bag(mode="mean", padding_idx=1),
+    "embedding bag, max": lambda: Bag(mode="max", padding_idx=-4, sparse=False),
+    "embedding bag, offsets, sum": lambda: Bag(mode="sum", flat=True, weighted=True),
+    "embedding bag, offsets, mean": lambda: Bag(mode="mean", flat=True, padding_idx=1),
+    "embedding bag, offsets, max": lambda: Bag(mode="max", flat=True),
 }
 
 
@@ -359,7 +395,24 @@ def gru_mutant():
         return {torch.gru: exact._recurrent("gru"), torch.gru_cell: cell}
 
 
+def bag_mutant(**changed):
+    """The bag with some of its arguments replaced, or forgotten."""
+    return {F.embedding_bag: lambda input, weight, *args, **kwargs: exact._embedding_bag(
+        input, weight, *args, **(kwargs | changed))}  # fmt: skip
+
+
 MUTANTS: dict[str, tuple[str, dict]] = {
+    "bag, sum for mean": ("embedding bag, mean", bag_mutant(mode="sum")),
+    "bag, padding counted": ("embedding bag, mean", bag_mutant(padding_idx=None)),
+    "bag, weights forgotten": ("embedding bag, sum", bag_mutant(per_sample_weights=None)),
+    "bag, the first one not empty": (
+        "embedding bag, offsets, mean",
+        {
+            F.embedding_bag: lambda input, weight, offsets, *args, **kwargs: exact._embedding_bag(
+                input, weight, offsets + torch.tensor([0, 1, 1]), *args, **kwargs
+            )
+        },
+    ),
     "layer norm, detached mean": ("layer norm", {F.layer_norm: layer_norm_mutant(mean=Tensor.detach)}),
     "layer norm, detached variance": ("layer norm", {F.layer_norm: layer_norm_mutant(var=Tensor.detach)}),
     "layer norm, unbiased variance": ("layer norm", {F.layer_norm: layer_norm_mutant(correction=1)}),

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.testing import assert_close
 
+from common.derivatives import gradient, group_gradients, taped_gradient
 from common.functional import (
     check_bare,
     check_devices,
@@ -24,6 +26,7 @@ from common.functional import (
     pure_loss,
     uses_batch_statistics,
 )
+from common.types import DerivativeError
 from tests.conftest import ROOT
 
 
@@ -233,12 +236,140 @@ def test_parametrized_modules(parametrization):
     assert_close(g, dict(zip(parameters, expected, strict=True)), rtol=1e-9, atol=1e-12)
 
 
-def test_old_style_weight_norm_is_refused():
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_old_style_norms_work(norm):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecated, and met in old models all the same
-        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)))
-    with untouched(model), pytest.raises(ValueError, match=r"must be copyable.*use torch.nn.utils.parametrizations"):
+        model, batch = nn.Sequential(norm(nn.Linear(3, 4))).eval(), make_batch()
+    model(batch[0])  # leaves a computed weight behind, which deepcopy refuses
+    parameters = dict(model.named_parameters())
+    expected = torch.autograd.grad(classification_loss(model, batch), list(parameters.values()))
+    with untouched(model):
+        g = torch.func.grad(pure_loss(model))(parameters_of(model), batch)
+    assert_close(g, dict(zip(parameters, expected, strict=True)), rtol=1e-9, atol=1e-12)
+
+
+def test_models_that_cannot_be_copied_are_refused():
+    model = make([])
+    model.lock = threading.Lock()
+    with untouched(model), pytest.raises(ValueError, match=r"must be copyable, got Sequential.*hold locks, files"):
         pure_loss(model)
+
+
+def test_unknown_parameters_are_refused():
+    model = make([])
+    with pytest.raises(ValueError, match=r"names must be the model's parameters, got '0.wieght'"):
+        pure_loss(model)({"0.wieght": torch.ones(6, 3)}, make_batch())
+
+
+def test_a_tied_tensor_may_go_by_any_of_its_names():
+    model, batch = Tied(), (torch.tensor([1, 4, 2]), torch.tensor([0, 1, 4]))
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    loss = pure_loss(model)
+    assert loss({"decode.weight": weight}, batch) == loss({"embed.weight": weight}, batch) != loss({}, batch)
+
+
+# ---------------------------------------------------------------------------------------------- in place
+class Clipped(nn.Linear):
+    """Weights clipped in `forward`, as in Wasserstein networks."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(3, 4)
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "data":
+            self.weight.data.clamp_(-0.1, 0.1)
+        else:
+            with torch.no_grad():
+                self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+IN_PLACE = {
+    "no_grad": lambda: Clipped("no_grad"),
+    "data": lambda: Clipped("data"),
+    "max_norm": lambda: nn.Sequential(Tokens(), nn.Embedding(4, 4, max_norm=0.1), nn.Flatten(), nn.Linear(12, 4)),
+}
+
+
+class Tokens(nn.Module):
+    def forward(self, x):
+        return x.abs().long().clamp(max=3)
+
+
+@pytest.mark.parametrize("transform", ["none", "grad", "tape", "vmap"])
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_parameter_changed_in_place_is_refused(kind, transform):
+    model, batch = nn.Sequential(IN_PLACE[kind]()), make_batch()
+    loss, params = pure_loss(model), parameters_of(model)
+
+    def call():
+        if transform == "none":
+            return loss(params, batch)
+        if transform == "grad":
+            return gradient(loss, params, batch)
+        if transform == "vmap":
+            return group_gradients(loss, params, batch, mode="vmap")
+        return taped_gradient(loss, {name: leaf.requires_grad_() for name, leaf in params.items()}, batch)
+
+    message = r"'0.*weight' is changed in place.*max_norm"
+    if (kind, transform) == ("max_norm", "vmap"):  # refused by vmap itself
+        message = r"Layer '0.1' \(Embedding\): it does what vmap cannot follow"
+    with untouched(model), pytest.raises(DerivativeError, match=message):
+        call()
+
+
+def test_parameters_are_copied_for_the_first_call_only():
+    model, batch, seen = make([]), make_batch(), []
+
+    def loss_fn(model, batch):
+        seen.append(model[0].weight.data_ptr())
+        return classification_loss(model, batch)
+
+    loss = pure_loss(model, loss_fn)
+    for _ in range(3):
+        loss(parameters_of(model), batch)
+    own = model[0].weight.data_ptr()
+    assert [address == own for address in seen] == [False, True, True]
+
+
+# ---------------------------------------------------------------------------------------------- double precision
+class Shortening(nn.Module):
+    """Casts as Hugging Face's RMS norm does, and makes a tensor in the default type."""
+
+    def forward(self, x):
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 0.1)
+        weights = torch.softmax(x.to(torch.float32), -1, dtype=torch.float32).to(x.dtype)
+        return weights * (x * scale.to(x.dtype)) @ torch.full((6, 6), 0.1)
+
+
+def test_float64_is_float64_throughout():
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = make(["batch norm"]), make_batch()
+    model.insert(1, Shortening())
+    loss = pure_loss(model, dtype=torch.float64)
+    params = parameters_of(model, dtype=torch.float64)
+    assert {leaf.dtype for leaf in params.values()} == {torch.float64}
+    with untouched(model):
+        value = loss(params, (x.float(), y))
+
+        torch.set_default_dtype(torch.float64)
+        twin = copy.deepcopy(model).double().train()
+        twin[1].forward = lambda x: (
+            x.softmax(-1) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)) @ torch.full((6, 6), 0.1)
+        )
+        assert_close(value, classification_loss(twin, (x.float().double(), y)), rtol=1e-13, atol=0)
+    # parameters of the model's own type give gradients of that type, of the same double evaluation
+    short = gradient(loss, parameters_of(model), (x.float(), y))
+    assert {leaf.dtype for leaf in short.values()} == {torch.float32}
+    exactly = gradient(loss, params, (x.float(), y))
+    assert_close(short, {name: leaf.float() for name, leaf in exactly.items()}, rtol=1e-6, atol=1e-8)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match=r"`dtype` must be None or torch.float64, got torch.float16"):
+        pure_loss(make([]), dtype=torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------- batches and BatchNorm
@@ -315,6 +446,16 @@ def test_sharded_models_are_refused():
         pure_loss(model)
 
 
+def test_quantised_and_lazy_models_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated by torch, and met in old models all the same
+        quantised = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(3, 4))
+    with pytest.raises(TypeError, match=r"must not be quantised, got Linear at '0'. Initialise the float model"):
+        pure_loss(quantised)
+    with pytest.raises(TypeError, match=r"uninitialised parameter '0.weight' of a lazy module. Run one forward pass"):
+        pure_loss(nn.Sequential(nn.LazyLinear(4)))
+
+
 # ---------------------------------------------------------------------------------------------- the first batch
 def nan_inputs(x, y):
     return x * float("nan"), y
@@ -356,6 +497,18 @@ def test_a_model_without_logits_is_named():
         check_first_batch(Dictionary(3, 4), classification_loss, make_batch(), "entry", batch_norm="batch")
 
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x)
+
+
+def test_random_numbers_in_evaluation_mode_are_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), Noisy()), nn.Tanh())
+    message = r"must be the same at every evaluation, got .*: Layer '1.1' \(Noisy\) draws random numbers"
+    with untouched(model), torch.random.fork_rng(), pytest.raises(ValueError, match=message):
+        check_first_batch(model, classification_loss, make_batch(), "entry", batch_norm="batch")
+
+
 @pytest.mark.parametrize("layers", [[], ["batch norm", "counter", "dropout"]])
 def test_a_good_first_batch_passes_and_leaves_no_trace(layers):
     model, (x, y) = make(layers, flags=0b101101), make_batch()
@@ -389,7 +542,7 @@ def switches() -> tuple:
 
 CHECK_PRECISION = """
 import sys, torch
-from common.functional import full_precision
+from common.precision import full_precision
 from tests.common.test_functional import switches
 
 how = sys.argv[1]

@@ -1,0 +1,49 @@
+"""Batches of any nesting: tuples, lists, dictionaries, and Hugging Face's, which torch's pytrees take for leaves."""
+
+import copy
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from common.types import Batch
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """`function` on every tensor of the batch; whatever else it holds is kept."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if isinstance(leaf, UserDict):  # transformers.BatchEncoding and its like
+            mapped = copy.copy(leaf)
+            mapped.data = map_tensors(function, dict(leaf.data))
+            return mapped
+        return leaf
+
+    return tree_map(of_leaf, batch, is_leaf=lambda node: isinstance(node, (Tensor, UserDict)))
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Every tensor of the batch, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return found
+
+
+def length_of(batch: Batch, caller: str) -> int:
+    """How many examples the batch holds: the first dimension that all of its tensors share.
+
+    Raises:
+        ValueError: No tensor, or tensors that differ.
+    """
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in tensors_of(batch)}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            f"{caller}: every tensor of a batch must have the same first dimension, got "
+            f"{sorted(lengths, key=str)}. "
+            "It cannot be split into groups of examples. Leave the micro-batch size unset for such batches."
+        )
+    return lengths.pop()  # pyright: ignore[reportReturnType]
