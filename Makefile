@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: metainit test test-slow check benchmark clean
+.PHONY: metainit test test-slow check benchmark supported clean
 metainit: $(READY)
 	$(RUN) -m reproduce.metainit_cifar10 $(ARGS)
 
@@ -23,6 +23,10 @@ check: $(READY)
 
 benchmark: $(READY)
 	$(RUN) -m benchmarks.metainit $(ARGS)
+	$(RUN) -m benchmarks.derivatives $(ARGS)
+
+supported: $(READY)
+	$(RUN) -m benchmarks.supported $(ARGS)
 
 clean:
 	rm -rf $(VENV)

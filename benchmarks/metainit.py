@@ -6,31 +6,23 @@ Two variants take turns, round after round; a ratio is taken in each round, and 
 reported. Peak memory is that of a fresh process a variant. Results go to `benchmarks/results/metainit-<device>.json`.
 """
 
-import json
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.measure import compare, compare_memory, device_of, peak_memory, run_sections, seconds, summarise
 from common.functional import BatchNormMode, classification_loss, parameters_of, pure_loss
 from common.networks import make_network
-from common.record import device_name
 from common.training import TrainingConfig, train
 from common.types import Batch
 from papers.metainit import meta_gradient, metainit
 
-RESULTS = Path(__file__).parent / "results"
 Section = Literal["step", "memory", "exact", "scaling", "training"]
 
 
@@ -95,42 +87,6 @@ def noise(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return x.to(device), torch.randint(10, (size,), generator=generator).to(device)
 
 
-# ---------------------------------------------------------------------------------------------- how it is measured
-def seconds(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def compare(
-    variant: Callable[[], object], reference: Callable[[], object], config: Config, device: torch.device
-) -> dict:
-    """Turn by turn, each going first as often; median and range of the rounds' ratios."""
-    for step in (variant, reference):
-        step()  # warm: kernels chosen, memory taken
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(config.rounds):
-        order = (0, 1) if turn % 2 else (1, 0)
-        for which in order:
-            times[which].append(seconds((variant, reference)[which], device))
-    return summarise(*times)
-
-
-def summarise(own: list[float], reference: list[float]) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(own, reference, strict=True)]
-    return {
-        "ratio": statistics.median(ratios),
-        "range": [min(ratios), max(ratios)],
-        "seconds": statistics.median(own),
-        "reference_seconds": statistics.median(reference),
-        "rounds": len(ratios),
-    }
-
-
 def forward_of(model: nn.Module, batch: Batch) -> Callable[[], object]:
     @torch.no_grad()
     def forward() -> Tensor:
@@ -182,50 +138,23 @@ def section_step(config: Config, device: torch.device) -> dict[str, Any]:
 
 def section_memory(config: Config, device: torch.device) -> dict[str, Any]:
     """Peak above what the process held before, batch 64: micro-batches of 8 against the fused form."""
-    results = {}
-    for form in ("taylor", "step"):
-        peaks: dict[str, list[int]] = {"fused": [], "split": []}
-        for _ in range(3):
-            for variant, values in peaks.items():
-                arguments = ["--child", f"{variant} {form}", "--device", device.type]
-                command = [sys.executable, "-m", "benchmarks.metainit", *arguments]
-                values.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-        ratios = [split / fused for split, fused in zip(peaks["split"], peaks["fused"], strict=True)]
-        results[f"7 convolutions of 32 channels, batch 64 in eights, {form}"] = {
-            "ratio": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
-            "megabytes": statistics.median(peaks["split"]) / 1e6,
-            "reference_megabytes": statistics.median(peaks["fused"]) / 1e6,
-            "rounds": 3,
-        }
-    return results
+    return {
+        f"7 convolutions of 32 channels, batch 64 in eights, {form}": compare_memory(
+            "benchmarks.metainit", f"split {form}", f"fused {form}", device
+        )
+        for form in ("taylor", "step")
+    }
 
 
-def peak_memory(variant: str, form: Any, device: torch.device) -> int:
-    """In a fresh process: bytes above what was held before the step."""
+def memory_of(variant: str, form: Any, device: torch.device) -> int:
+    """Of a step, in the fresh process that this is."""
     name, options, size = CASES["7 convolutions of 32 channels, batch 64"]
     model = network(name, device, **options)
     batch = noise(size, device)
     meta_step(
         model, noise(2, device), form=form, micro_batch_size=1 if variant == "split" else None
     )()  # libraries loaded
-    step = meta_step(model, batch, form=form, micro_batch_size=8 if variant == "split" else None)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
-    before = _resident("VmRSS")
-    step()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"_resident: /proc/self/status must have the line {field}, got none.")
+    return peak_memory(meta_step(model, batch, form=form, micro_batch_size=8 if variant == "split" else None), device)
 
 
 class SmallTransformer(nn.Module):
@@ -255,13 +184,13 @@ def section_exact(config: Config, device: torch.device) -> dict[str, Any]:
         theta = parameters_of(model)
         on, off = (pure_loss(model, batch_norm=batch_norm, exact=exact) for exact in (True, False))
         results[label] = compare(
-            partial(meta_gradient, on, theta, batch), partial(meta_gradient, off, theta, batch), config, device
+            partial(meta_gradient, on, theta, batch), partial(meta_gradient, off, theta, batch), config.rounds, device
         )
     torch.manual_seed(0)
     model = SmallTransformer().to(device)
     loss, theta = pure_loss(model), parameters_of(model)
     results["two Transformer layers, width 64, against its own forward pass"] = compare(
-        lambda: meta_gradient(loss, theta, batch), forward_of(model.eval(), batch), config, device
+        lambda: meta_gradient(loss, theta, batch), forward_of(model.eval(), batch), config.rounds, device
     )
     return results
 
@@ -269,7 +198,7 @@ def section_exact(config: Config, device: torch.device) -> dict[str, Any]:
 def section_scaling(config: Config, device: torch.device) -> dict[str, Any]:
     """A step against one forward pass of the same batch, as batch, depth and width grow."""
     results = {}
-    few = replace(config, rounds=min(config.rounds, 5))
+    few = min(config.rounds, 5)
     base = {"batch": 32, "depth": 8, "width": 16}
     for axis, values in {"batch": (8, 32, 128), "depth": (4, 8, 16), "width": (8, 16, 32)}.items():
         for value in values:
@@ -283,7 +212,7 @@ def section_scaling(config: Config, device: torch.device) -> dict[str, Any]:
 
 def section_training(config: Config, device: torch.device) -> dict[str, Any]:
     """Seconds for 50 000 images at batch 128, from one batch a round, against float32 in torch's default layout."""
-    batch, rounds = noise(128, device), 2
+    batch, rounds = noise(128, device), 5
     results: dict[str, Any] = {}
     for name in config.training_networks:
         recipes = {
@@ -321,43 +250,15 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
 }
 
 
-def show(console: Console, title: str, results: dict[str, Any]) -> None:
-    table = Table(title=title, title_justify="left")
-    for heading in ("case", "ratio", "range", "ours", "reference"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for label, row in results.items():
-        quantity, unit = ("megabytes", "MB") if "megabytes" in row else ("seconds", "s")
-        low, high = row["range"]
-        amounts = (f"{row[key]:.3g} {unit}" for key in (quantity, f"reference_{quantity}"))
-        table.add_row(label, f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}", *amounts)
-    console.print(table)
-
-
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    device = torch.device(name)
+    device = device_of(config.device)
     if config.child:
         variant, form = config.child.split()
-        print(peak_memory(variant, form, device))
+        print(memory_of(variant, form, device))
         return
-    console = Console(width=110)
-    path = RESULTS / f"metainit-{device.type}.json"
-    results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    for section in config.only:
-        measured = SECTIONS[section](config, device)
-        show(console, f"{section}: {SECTIONS[section].__doc__}", measured)
-        # rows that were not measured this time stay: a section may be measured in parts
-        kept = results.get(section, {}).get("results", {})
-        results[section] = {
-            "about": SECTIONS[section].__doc__,
-            "machine": device_name(device),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "results": kept | measured,
-        }
-        if config.save:
-            path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    sections = {name: partial(SECTIONS[name], config, device) for name in config.only}
+    run_sections(sections, "metainit", device, save=config.save)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Case:
     loss_fn: UserLoss = smooth_loss
     """`loss_fn(model, batch)`: a mean over examples of each one's loss."""
     size: Literal["small", "large"] = "small"
-    """large: more than about a second for one Hessian-vector product in float64 on one core."""
+    """large: examining it takes more than about fifteen seconds on one core."""
 
 
 ZOO: dict[str, Case] = {}
@@ -665,18 +665,18 @@ VISION: dict[str, tuple[Maker, BatchMaker]] = {
     "Swin-T": (partial(torchvision_model, "swin_t"), photographs(32, 2)),
     "ViT, reduced": (partial(torchvision_model, "VisionTransformer", **VIT), photographs(32)),
 }
-LARGE = {"DenseNet-121", "ConvNeXt-T", "Swin-T"}
-for name, (make, batch) in VISION.items():
-    size = "large" if name in LARGE else "small"
-    _add("torchvision", {f"{name} (torchvision)": make}, batch, loss_fn=cross_entropy_loss, size=size)
 TIMM = {
     "ViT-Ti/16": (partial(timm_model, "vit_tiny_patch16_224", img_size=32), photographs(32, 2)),
     "ConvNeXt-Atto": (partial(timm_model, "convnext_atto"), photographs(32, 2)),
     "ResNet-10-T": (partial(timm_model, "resnet10t"), photographs(64)),
     "Mixer-S/32": (partial(timm_model, "mixer_s32_224", img_size=64), photographs(64, 2)),
 }
-for name, (make, batch) in TIMM.items():
-    _add("timm", {f"{name} (timm)": make}, batch, loss_fn=cross_entropy_loss)
+LARGE = {"ResNet-18", "DenseNet-121", "EfficientNet-B0", "RegNetY-400MF", "ConvNeXt-T", "Swin-T"}
+LARGE |= {"ResNet-10-T", "Mixer-S/32"}
+for library, models in {"torchvision": VISION, "timm": TIMM}.items():
+    for name, (make, batch) in models.items():
+        size = "large" if name in LARGE else "small"
+        _add(library, {f"{name} ({library})": make}, batch, loss_fn=cross_entropy_loss, size=size)
 
 
 # ---------------------------------------------------------------------------------------------- transformers

@@ -140,12 +140,23 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return value * axes if len(value) == 1 else value
 
 
-def convolution(native: Any) -> Any:
-    """`torch.conv1d`, `conv2d` or `conv3d`, in a form that is differentiated as described above.
+def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
+    """Whether `contract` is the faster way, and possible.
 
-    Torch's own function is called where it is the faster one (no derivative is asked for, or only by transforms that do
-    not map, whose handling of Python's functions costs more than is won), and for what is rare.
+    It is not where no derivative is asked for, nor under transforms that do not map: their handling of Python's
+    functions costs more than is won.
     """
+    active = _active_transforms()
+    wanted = "Vmap" in active or (not active and (input.requires_grad or weight.requires_grad))
+    return wanted and input.ndim == weight.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0
+
+
+def _with_bias(y: Tensor, bias: Tensor | None, axes: int) -> Tensor:
+    return y if bias is None else y + bias.reshape(-1, *[1] * axes)
+
+
+def convolution(native: Any) -> Any:
+    """`torch.conv1d`, `conv2d` or `conv3d`, in a form that is differentiated as described above."""
     axes = int(native.__name__[4])
 
     def conv(
@@ -157,15 +168,47 @@ def convolution(native: Any) -> Any:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        active = _active_transforms()
-        wanted = "Vmap" in active or (not active and (input.requires_grad or weight.requires_grad))
-        plain = input.ndim == weight.ndim == axes + 2 and not isinstance(padding, str) and input.is_floating_point()
-        if not (wanted and plain and input.numel()):
+        if isinstance(padding, str) or not _is_wanted(input, weight, axes):
             return native(input, weight, bias, stride, padding, dilation, groups)
         shapes = {"x": tuple(input.shape), "w": tuple(weight.shape)}
         strides, paddings, dilations = (_per_axis(value, axes) for value in (stride, padding, dilation))
-        geometry = Geometry(strides, paddings, dilations, groups, shapes)
-        y = contract({"x": input, "w": weight}, geometry)
-        return y if bias is None else y + bias.reshape(-1, *[1] * axes)
+        y = contract({"x": input, "w": weight}, Geometry(strides, paddings, dilations, groups, shapes))
+        return _with_bias(y, bias, axes)
+
+    return conv
+
+
+def transposed_convolution(native: Any) -> Any:
+    """`torch.conv_transpose1d`, … : ∂T/∂x, its input taken for h.
+
+    With `output_padding` torch's own has no third derivative (an error), so then this one is taken in any case.
+    """
+    axes = int(native.__name__[14])
+
+    def conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        strides, paddings, extra, dilations = (
+            _per_axis(value, axes) for value in (stride, padding, output_padding, dilation)
+        )
+        batched = input.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0
+        if not _is_wanted(input, weight, axes) and not (any(extra) and batched):
+            return native(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        size = [
+            (length - 1) * step - 2 * pad + spread * (kernel - 1) + more + 1
+            for length, step, pad, spread, kernel, more in zip(
+                input.shape[2:], strides, paddings, dilations, weight.shape[2:], extra, strict=True
+            )
+        ]
+        shapes = {"x": (input.shape[0], weight.shape[1] * groups, *size), "w": tuple(weight.shape)}
+        y = contract({"h": input, "w": weight}, Geometry(strides, paddings, dilations, groups, shapes))
+        return _with_bias(y, bias, axes)
 
     return conv

@@ -3,7 +3,8 @@ r"""Higher derivatives that are right.
 Torch's fused layer, batch and instance norm save their mean and inverse deviation without a history. The second
 derivative accounts for them by hand; one derivative further treats them as constants, and is silently wrong. Fused
 attention and recurrent kernels have no second, or no forward-mode, derivative at all. Under `exact_derivatives()` these
-functions are re-expressed in means, products and exponentials, whose derivatives of every order autograd gets right.
+functions are re-expressed in means, products and exponentials, whose derivatives of every order autograd gets right,
+and random masks no longer depend on how their input lies in memory.
 
 Function values are unchanged up to round-off. Nothing global is set: the mode is a thread-local
 `torch.overrides.TorchFunctionMode`, so an exception, another thread or a nested use leaves no trace.
@@ -11,7 +12,7 @@ While any such mode is active, torch also turns off the Transformer's inference 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from common.convolution import convolution
+from common.convolution import convolution, transposed_convolution
 
 __all__ = ["exact_derivatives"]
 
@@ -197,6 +198,76 @@ def _embedding_bag(
     return total if mode == "sum" else total / count.clamp(min=1)
 
 
+# ---------------------------------------------------------------------------------------------- random masks
+def _keep(shape: Sequence[int], like: Tensor, p: float) -> Tensor:
+    """Independent entries, 1 with probability 1 − p and else 0.
+
+    Torch fills a mask in the order in which its input lies in memory. That order may differ between a pass with
+    derivatives and one without, and the same seed then gives another mask: another function.
+    """
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device).bernoulli_(1 - p)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout: the probability must lie in [0, 1], got {p}.")
+    if not training or p == 0:
+        return input
+    keep = _keep(input.shape, input, p) / (1 - p) if p < 1 else torch.zeros_like(input)
+    return input.mul_(keep) if inplace else input * keep
+
+
+def _alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
+    """Dropped entries become SELU's limit at −∞, then mean and variance are restored (Klambauer et al. 2017)."""
+    if not training or p == 0:
+        return input
+    if p == 1:
+        return input * 0
+    limit = -1.7580993408473766  # −λ α of SELU
+    gain = 1 / math.sqrt((limit**2 * p + 1) * (1 - p))
+    keep = _keep(input.shape, input, p)
+    return input * keep * gain + ((1 - keep) * limit - limit * p) * gain
+
+
+def _like(native: Callable) -> Callable:
+    """`torch.rand_like` and its like, drawn in the order of the indices, not of the memory."""
+
+    def draw(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return native(input, *args, **(kwargs | {"memory_format": torch.contiguous_format}))
+
+    return draw
+
+
+# ---------------------------------------------------------------------------------------------- activations, losses
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    y = (input + 3).clamp(0, 6) / 6
+    return input.copy_(y) if inplace else y
+
+
+def _rrelu(
+    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    if not training:
+        return F.leaky_relu(input, (lower + upper) / 2, inplace)
+    slope = torch.empty(tuple(input.shape), dtype=input.dtype, device=input.device).uniform_(lower, upper)
+    y = torch.where(input >= 0, input, input * slope)
+    return input.copy_(y) if inplace else y
+
+
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    if size_average is not None or reduce is not None or weight is not None or input.shape != target.shape:
+        return F.mse_loss(input, target, size_average, reduce, reduction, *(() if weight is None else (weight,)))
+    square = (input - target).square()
+    return {"mean": square.mean, "sum": square.sum, "none": lambda: square}[reduction]()
+
+
 # ---------------------------------------------------------------------------------------------- attention
 def _attention(
     query: Tensor,
@@ -226,13 +297,18 @@ def _attention(
             scores = scores + attn_mask.masked_fill(~alive, 0.0)
         # A row with no key to attend to is zero in torch, not NaN: so the mask is finite, and applied once more after.
         weights = scores.masked_fill(~alive, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~alive, 0.0)
-    return F.dropout(weights, dropout_p) @ value if dropout_p > 0 else weights @ value
+    return _dropout(weights, dropout_p) @ value
 
 
 # Torch's own function, but for the attention it calls: the mode is off inside a function that it handles.
 _multi_head_attention = FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**vars(F), "scaled_dot_product_attention": _attention, "has_torch_function": lambda _: False},
+    {
+        **vars(F),
+        "scaled_dot_product_attention": _attention,
+        "dropout": _dropout,
+        "has_torch_function": lambda _: False,
+    },
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 
@@ -307,7 +383,7 @@ def _recurrent(kind: str) -> Callable:
                 final.append(state)
             x = torch.cat(outputs, -1) if bidirectional else outputs[0]
             if dropout and train and layer < layers - 1:
-                x = F.dropout(x, dropout)
+                x = _dropout(x, dropout)
         return (x, *(torch.stack(parts) for parts in zip(*final, strict=True)))
 
     def padded(x, hx, flat, has_biases, layers, dropout, train, bidirectional, batch_first):
@@ -339,7 +415,21 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     F.embedding_bag: _embedding_bag,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    # the check before the Transformer encoder's inference path, which has no batching rule: nothing is left-aligned
+    torch._nested_tensor_from_mask_left_aligned: lambda *_: False,  # pyright: ignore[reportPrivateImportUsage]
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.alpha_dropout: _alpha_dropout,
+    torch.rand_like: _like(torch.rand_like),
+    torch.randn_like: _like(torch.randn_like),
+    F.hardsigmoid: _hardsigmoid,
+    F.rrelu: _rrelu,
+    F.mse_loss: _mse_loss,
     **{native: convolution(native) for native in (torch.conv1d, torch.conv2d, torch.conv3d)},
+    **{
+        native: transposed_convolution(native)
+        for native in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+    },
     **{getattr(torch, kind): _recurrent(kind) for kind in _CELLS},
     **{getattr(torch, f"{kind}_cell"): cell for kind, cell in _CELLS.items()},
 }

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from common.batches import map_tensors, tensors_of
 from common.diagnosis import explained, label
@@ -82,7 +84,8 @@ def pure_loss(
         loss_fn: `loss_fn(model, batch)`, the mean loss over examples, a scalar.
         batch_norm: `"batch"` normalises with the batch's own statistics, `"running"` with the stored ones.
         exact: Re-express fused kernels so that derivatives above the first are right (`common.exact`).
-        seed: None turns dropout off; a number turns it on, with this seed at every call: one seed a step.
+        seed: None turns dropout off; a number turns it on, with this seed at every call. For a mask of its own at each
+            step, `functools.partial(loss, seed=step)`.
         dtype: `torch.float64` evaluates in double precision, whatever the model's own is and whatever casts its layers
             make; parameters passed in keep their type, and so do their gradients. None: as the model is.
 
@@ -131,7 +134,13 @@ def pure_loss(
         proven = True
         return value
 
-    def loss(params: Params, batch: Batch) -> Tensor:
+    dropout = seed is not None
+
+    def loss(params: Params, batch: Batch, *, seed: int | None = seed) -> Tensor:
+        if (seed is not None) != dropout:
+            raise ValueError(
+                f"pure_loss: a seed at a call needs a loss made with one (dropout on), and none without, got {seed}."
+            )
         with ExitStack() as stack:
             if seed is not None:
                 # Inside the function: a recomputation draws the same mask, and the caller's random state is left alone.
@@ -194,6 +203,10 @@ def _set_modes(model: nn.Module, batch_norm: BatchNormMode, *, dropout: bool) ->
                 # Without buffers there is nothing to update in place, which torch.func would refuse.
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
+        # Training moves the power iteration, a step that is not differentiated: derivatives would not be the loss's.
+        hooks = module._forward_pre_hooks.values()
+        if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+            module.eval()
 
 
 def uses_batch_statistics(model: nn.Module, batch_norm: BatchNormMode) -> bool:
@@ -287,7 +300,7 @@ def check_first_batch(
         raise ValueError(
             f"{caller}: the loss must be the same at every evaluation, got {value.item():g} and {again.item():g}: "
             f"{_first_to_differ(model, loss_fn, batch, batch_norm)} draws random numbers in evaluation mode. "
-            "Turn them off, or make them depend on the input."
+            "Turn them off, or fix them: pure_loss(seed=…)."
         )
 
 

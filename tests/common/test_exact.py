@@ -7,7 +7,7 @@ the value is the gradient, that of ⟨g, v⟩ is the Hessian's product, that of 
 import math
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from unittest import mock
 
@@ -144,6 +144,18 @@ class Sparse(nn.Module):
         return self.decode(self.embed(x.argmax(-1)).tanh())
 
 
+class Compared(nn.Module):
+    """`F.mse_loss` of two outputs, whose forward mode torch lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, 4), nn.Linear(FEATURES, 4)
+
+    def forward(self, x: Tensor):
+        a, b = self.first(x).tanh(), self.second(x)
+        return F.mse_loss(a, b), F.mse_loss(a, b, reduction="none"), F.mse_loss(a[0], b[0], reduction="sum")
+
+
 def norm_net(norm: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 4), norm, nn.Tanh(), nn.Linear(4, 2))
 
@@ -160,6 +172,13 @@ def encoder(**options) -> nn.Module:
 FLOAT_MASK = torch.tensor([[0.5, -1.0, 0.25], [-math.inf, 0.75, -0.5], [-math.inf, -math.inf, -math.inf]]).double()
 
 CASES: dict[str, Callable[[], nn.Module]] = {
+    "transposed convolution, output padding": lambda: nn.Sequential(
+        nn.ConvTranspose1d(TIME, 4, 2, stride=2, padding=1, output_padding=1, groups=1), nn.Tanh(), nn.Conv1d(4, 2, 2)
+    ),
+    "hard sigmoid": lambda: nn.Sequential(nn.Linear(FEATURES, 4), nn.Hardsigmoid(), nn.Linear(4, 2)),
+    "hard sigmoid, in place": lambda: nn.Sequential(nn.Linear(FEATURES, 4), nn.Hardsigmoid(True), nn.Linear(4, 2)),
+    "randomised ReLU": lambda: nn.Sequential(nn.Linear(FEATURES, 4), nn.RReLU(), nn.Linear(4, 2)),
+    "squared error": lambda: Compared(),
     "layer norm": lambda: norm_net(nn.LayerNorm((TIME, 4))),
     "layer norm, no affine": lambda: norm_net(nn.LayerNorm(4, elementwise_affine=False, eps=0.1)),
     "layer norm, no bias": lambda: norm_net(nn.LayerNorm(4, bias=False)),
@@ -576,6 +595,75 @@ def test_an_exception_leaves_no_mode_behind(spy):
     before = spy.call_count
     F.layer_norm(X, (3,))
     assert spy.call_count == before
+
+
+def flags() -> tuple:
+    """Every switch of torch's that a context for derivatives might be tempted to throw, and the modes that are on."""
+    backends = torch.backends
+    return (
+        backends.mkldnn.enabled,
+        backends.cudnn.enabled,
+        backends.mha.get_fastpath_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.overrides._len_torch_function_stack(),
+    )
+
+
+def check_no_trace(context) -> None:
+    before = flags()
+    with context():
+        F.layer_norm(X, (3,))
+    assert flags() == before
+    with pytest.raises(ZeroDivisionError), context(), context():
+        raise ZeroDivisionError
+    assert flags() == before
+
+
+@contextmanager
+def fast_path_left_off():
+    torch.backends.mha.set_fastpath_enabled(False)
+    with exact_derivatives():
+        yield
+
+
+@contextmanager
+def sdpa_left_off_after_an_error():
+    torch.backends.cuda.enable_flash_sdp(False)
+    with exact_derivatives():
+        yield
+    torch.backends.cuda.enable_flash_sdp(True)
+
+
+@contextmanager
+def mode_left_on_after_an_error():
+    mode = exact._Exact()
+    mode.__enter__()
+    yield
+    mode.__exit__(None, None, None)
+
+
+def test_no_flag_is_left_on():
+    check_no_trace(exact_derivatives)
+
+
+LEFT_ON = [fast_path_left_off, sdpa_left_off_after_an_error, mode_left_on_after_an_error]
+
+
+@pytest.mark.parametrize("mutant", LEFT_ON)
+def test_a_flag_left_on_is_caught(mutant):
+    modes = torch.overrides._len_torch_function_stack()
+    try:
+        with pytest.raises(AssertionError):
+            check_no_trace(mutant)
+    finally:  # what the mutants leave behind
+        torch.backends.mha.set_fastpath_enabled(True)
+        torch.backends.cuda.enable_flash_sdp(True)
+        while torch.overrides._len_torch_function_stack() > modes:
+            torch.overrides._pop_mode()
 
 
 def test_another_thread_is_unaffected(spy):

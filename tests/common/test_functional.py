@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.testing import assert_close
 
 from common.derivatives import gradient, group_gradients, taped_gradient
+from common.exact import exact_derivatives
 from common.functional import (
     check_bare,
     check_devices,
@@ -161,6 +163,92 @@ def test_a_seed_is_a_mask():
         assert pure_loss(model)(params, batch) != value
     torch.rand(3)  # nor does the caller's random state matter
     assert first(params, batch) == value
+
+
+def test_a_step_may_have_a_seed_of_its_own():
+    model, batch = make(["dropout"]), make_batch()
+    params = parameters_of(model)
+    loss = pure_loss(model, seed=1)
+    for step in (1, 2, 3):
+        assert partial(loss, seed=step)(params, batch) == pure_loss(model, seed=step)(params, batch)
+    for wrong, seed in ((pure_loss(model), 1), (loss, None)):
+        with pytest.raises(ValueError, match=r"needs a loss made with one \(dropout on\)"):
+            wrong(params, batch, seed=seed)
+
+
+class Permuted(nn.Module):
+    """Dropout of a tensor whose layout in memory depends on whether derivatives are taken."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x):
+        x = x.unflatten(1, (2, 3))
+        transforms = torch._C._functorch.peek_interpreter_stack() is not None
+        return self.dropout(x.transpose(1, 2).contiguous().transpose(1, 2) if transforms else x).flatten(1)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) * torch.rand_like(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.4), nn.AlphaDropout(0.4), Noise()], ids=lambda m: type(m).__name__)
+def test_a_mask_does_not_depend_on_memory(layer):
+    model, batch = make([]), make_batch()
+    model.insert(1, Permuted(layer))
+    loss, params = pure_loss(model, seed=4), parameters_of(model)
+    _, value = torch.func.grad_and_value(loss)(params, batch)
+    assert_close(value, loss(params, batch), rtol=1e-12, atol=1e-13)
+
+
+def test_alpha_dropout_is_torchs():
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    for p in (0.0, 0.3, 1.0):
+        layer = nn.AlphaDropout(p)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            expected = layer(x)
+            torch.manual_seed(1)
+            with exact_derivatives():
+                assert_close(layer(x), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dropout_is_torchs(inplace):
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    for p in (0.0, 0.3, 1.0):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            expected = nn.functional.dropout(x, p)
+            torch.manual_seed(1)
+            with exact_derivatives():
+                given = x.clone()
+                assert_close(nn.functional.dropout(given, p, inplace=inplace), expected, rtol=1e-12, atol=1e-13)
+                assert_close(given, expected if inplace else x, rtol=1e-12, atol=1e-13)
+    with exact_derivatives(), pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 1.5"):
+        nn.functional.dropout(x, 1.5)
+
+
+@pytest.mark.parametrize("norm", [spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norm_stands_still_under_a_seed(norm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model, batch = nn.Sequential(norm(nn.Linear(3, 4)), nn.Dropout(0.5)).train(), make_batch()
+    params = parameters_of(model)
+    with untouched(model):
+        assert_close(
+            pure_loss(nn.Sequential(model[0]), seed=1)({}, batch), pure_loss(nn.Sequential(model[0]))({}, batch)
+        )
+        loss = pure_loss(model, seed=1)
+        direction = {name: torch.full_like(leaf, 0.1).sin() for name, leaf in params.items()}
+        slope = sum((leaf * direction[name]).sum() for name, leaf in gradient(loss, params, batch).items())
+        ahead, behind = (
+            loss({name: leaf + step * direction[name] for name, leaf in params.items()}, batch)
+            for step in (1e-5, -1e-5)
+        )
+        assert_close((ahead - behind) / 2e-5, slope, rtol=1e-7, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------- parameters
