@@ -29,6 +29,11 @@ class Geometry(NamedTuple):
     groups: int
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def arguments(self) -> tuple:
+        """As torch's own operators take them: not transposed, no output padding."""
+        return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
+
 
 Operands = dict[str, Tensor]  # two of "x" (b, c, …), "w" (o, c / groups, …), "h" (b, o, …)
 
@@ -41,16 +46,14 @@ def contract(operands: Operands, geometry: Geometry) -> Tensor:
 class _Contract(Function):
     @staticmethod
     def forward(x: Tensor | None, w: Tensor | None, h: Tensor | None, geometry: Geometry) -> Tensor:
-        stride, padding, dilation, groups, shapes = geometry
-        how = stride, padding, dilation, False, [0] * len(stride), groups
         if h is None:
-            return torch.ops.aten.convolution(x, w, None, *how)
+            return torch.ops.aten.convolution(x, w, None, *geometry.arguments)
         absent = "x" if x is None else "w"
-        like = h.new_empty(()).expand(shapes[absent])  # of an operand that is not there only the shape is read
+        like = h.new_empty(geometry.shapes[absent])  # of an operand that is not there only the shape is read
         x, w = (like if operand is None else operand for operand in (x, w))
-        return torch.ops.aten.convolution_backward(h, x, w, None, *how, [absent == "x", absent == "w", False])[
-            "xw".index(absent)
-        ]
+        wanted = [absent == "x", absent == "w", False]
+        gradients = torch.ops.aten.convolution_backward(h, x, w, None, *geometry.arguments, wanted)
+        return gradients["xw".index(absent)]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -65,6 +68,12 @@ class _Contract(Function):
         (missing,) = set("xwh") - set(ctx.names)
         all_three = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | {missing: cotangent}
         needed = dict(zip("xwh", ctx.needs_input_grad, strict=False))
+        if missing == "h" and needed["x"] and needed["w"] and not torch.is_grad_enabled():
+            # nothing will be differentiated again: both at once, as torch has them
+            x, w = all_three["x"], all_three["w"]
+            wanted = [True, True, False]
+            dx, dw, _ = torch.ops.aten.convolution_backward(cotangent, x, w, None, *ctx.geometry.arguments, wanted)
+            return dx, dw, None, None
         gradients = [
             contract({other: all_three[other] for other in "xwh" if other != name}, ctx.geometry)
             if name != missing and needed[name]
@@ -130,9 +139,14 @@ def _weight_gradients(x: Tensor, h: Tensor, geometry: Geometry) -> Tensor:
     return torch.einsum("nbgcp,nbgop->ngoc", patches, h).reshape(n, *geometry.shapes["w"])
 
 
-def _active_transforms() -> set[str]:
-    """Names of the `torch.func` transforms that surround the call: Grad, Jvp, Vmap, …"""
-    return {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}  # pyright: ignore
+def _mapped_problems() -> int | None:
+    """How many problems the `vmap`s around the call map over; 0 under other transforms alone, None under none."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    levels = functorch.get_interpreter_stack()
+    if not levels:
+        return None
+    sizes = [functorch.CVmapInterpreterPtr(level).batchSize() for level in levels if level.key().name == "Vmap"]
+    return math.prod(sizes) if sizes else 0
 
 
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
@@ -140,15 +154,23 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return value * axes if len(value) == 1 else value
 
 
-def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
-    """Whether `contract` is the faster way, and possible.
+# Multiplications of a convolution over all mapped problems from which on `contract` is faster than torch's own, which
+# makes a group of each problem: below, what functorch does around a Python function costs more (milliseconds a layer).
+_WORTH_MAPPING = 20_000_000
 
-    It is not where no derivative is asked for, nor under transforms that do not map: their handling of Python's
-    functions costs more than is won.
+
+def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
+    """Whether `contract` is possible, and the faster way.
+
+    It is not where no derivative is asked for, nor under transforms that do not map.
     """
-    active = _active_transforms()
-    wanted = "Vmap" in active or (not active and (input.requires_grad or weight.requires_grad))
-    return wanted and input.ndim == weight.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0
+    if not (input.ndim == weight.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0):
+        return False
+    problems = _mapped_problems()
+    if problems is None:
+        return input.requires_grad or weight.requires_grad
+    positions = input.numel() // input.shape[1]  # of the input: of the output there are at most about as many
+    return problems * positions * weight.numel() >= _WORTH_MAPPING
 
 
 def _with_bias(y: Tensor, bias: Tensor | None, axes: int) -> Tensor:

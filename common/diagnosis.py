@@ -26,10 +26,12 @@ _LIMITS: dict[str, str] = {
         "its autograd.Function has no rule for vmap. Set `generate_vmap_rule = True`, or use "
         "group_gradients(mode='loop') or 'auto'"
     ),
-    r"\.item\(\) on a Tensor|data-dependent|dynamic shape|vmap: |inplace arithmetic.*vmap|batching rule": (
+    r"\.item\(\) on a Tensor|data-dependent|dynamic shape|vmap: |inplace arithmetic.*vmap|[Bb]atching rule|"
+    r"stack expects each tensor to be equal size": (
         "it does what vmap cannot follow (control flow or shapes that depend on data, most often). Use "
         "group_gradients(mode='loop') or 'auto'"
     ),
+    r"forward AD with|ZeroTensors": "an operator in it has no forward-mode formula",
     r"leaf Variable that requires grad.*in-place|mutate a captured Tensor": (
         "it changes a tensor in place. Change a copy, or register the tensor as a buffer"
     ),

@@ -103,27 +103,48 @@ def pure_loss(
         raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
     wrapped = _LossModule(_structural_copy(model), loss_fn)
     _set_modes(wrapped.model, batch_norm, dropout=seed is not None)
-    buffers = dict(wrapped.named_buffers())
+    buffers = _buffers_to_copy(wrapped, keep_stored=dtype is None)
     own = {f"model.{name}": leaf for name, leaf in parameters_of(model).items()}
     first = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
-    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    # every name of every parameter, those of a tied one leading to its first
+    names = {name: first[id(leaf)] for name, leaf in model.named_parameters(remove_duplicate=False)}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    dropout = seed is not None
     proven = False  # that a call leaves parameters as they are: until then it gets copies of them
 
     def cast(leaf: Tensor) -> Tensor:
         return leaf if dtype is None or not leaf.is_floating_point() else leaf.to(dtype)
 
-    def evaluate(params: Params, batch: Batch) -> Tensor:
+    def loss(params: Params, batch: Batch, *, seed: int | None = seed) -> Tensor:
         nonlocal proven
+        if (seed is not None) != dropout:
+            raise ValueError(
+                f"pure_loss: a seed at a call needs a loss made with one (dropout on), and none without, got {seed}."
+            )
         if unknown := params.keys() - names.keys():
             raise ValueError(f"pure_loss: names must be the model's parameters, got {min(unknown)!r}.")
-        originals = own | {names[name]: value for name, value in params.items()}  # a tied tensor under its first name
+        originals = own | {names[name]: value for name, value in params.items()}
         originals = {name: cast(leaf) for name, leaf in originals.items()}
         given = originals if proven else {name: leaf.clone() for name, leaf in originals.items()}
-        state = given | {name: cast(buffer.clone()) for name, buffer in buffers.items()}
         versions = {name: leaf._version for name, leaf in given.items()}
-        with explained(wrapped):
-            value = functional_call(wrapped, state, (batch if dtype is None else map_tensors(cast, batch),))
+        state = {f"model.{name}": given[name_of_first] for name, name_of_first in names.items()}
+        for buffer, aliases in buffers:
+            state |= dict.fromkeys(aliases, cast(buffer.clone()))
+        batch = batch if dtype is None else map_tensors(cast, batch)
+        # Every context is entered in here: a recomputation during backward runs outside of any that surrounds the call.
+        with ExitStack() as stack:
+            if seed is not None:
+                # The same mask in a recomputation, and the caller's random state left alone.
+                stack.enter_context(torch.random.fork_rng(devices))
+                torch.default_generator.manual_seed(seed)
+                for index in devices:
+                    torch.cuda.default_generators[index].manual_seed(seed)
+            if exact:
+                stack.enter_context(exact_derivatives())
+            if dtype is not None:
+                stack.enter_context(in_float64())
+            with explained(wrapped):
+                value = functional_call(wrapped, state, (batch,), tie_weights=False)  # `state` has every name
         for name, leaf in given.items():
             if leaf._version != versions[name] or not (proven or _same_values(leaf, originals[name])):
                 raise DerivativeError(
@@ -134,27 +155,25 @@ def pure_loss(
         proven = True
         return value
 
-    dropout = seed is not None
-
-    def loss(params: Params, batch: Batch, *, seed: int | None = seed) -> Tensor:
-        if (seed is not None) != dropout:
-            raise ValueError(
-                f"pure_loss: a seed at a call needs a loss made with one (dropout on), and none without, got {seed}."
-            )
-        with ExitStack() as stack:
-            if seed is not None:
-                # Inside the function: a recomputation draws the same mask, and the caller's random state is left alone.
-                stack.enter_context(torch.random.fork_rng(devices))
-                torch.default_generator.manual_seed(seed)
-                for index in devices:
-                    torch.cuda.default_generators[index].manual_seed(seed)
-            if exact:
-                stack.enter_context(exact_derivatives())
-            if dtype is not None:
-                stack.enter_context(in_float64())
-            return evaluate(params, batch)
-
     return loss
+
+
+def _buffers_to_copy(module: nn.Module, *, keep_stored: bool) -> list[tuple[Tensor, list[str]]]:
+    """Each buffer that a call may write to, with all of its names.
+
+    The stored statistics of norms in evaluation mode are only read: with `keep_stored` they need no copy.
+    """
+    stored = {
+        id(buffer)
+        for part in module.modules()
+        if keep_stored and isinstance(part, _NormBase) and not part.training
+        for buffer in part.buffers(recurse=False)
+    }
+    found: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if id(buffer) not in stored:
+            found.setdefault(id(buffer), (buffer, []))[1].append(name)
+    return list(found.values())
 
 
 @torch.no_grad()

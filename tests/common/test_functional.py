@@ -422,6 +422,26 @@ def test_parameters_are_copied_for_the_first_call_only():
     assert [address == own for address in seen] == [False, True, True]
 
 
+class Shared(nn.Module):
+    """Two names for one buffer: what is written under one is read under the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("alias", self.count)
+
+    def forward(self, x):
+        self.count += 1
+        return x * self.alias
+
+
+def test_a_buffer_of_two_names_is_copied_once():
+    model, batch = nn.Sequential(nn.Linear(3, 4), Shared()), make_batch()
+    with untouched(model):
+        value = pure_loss(model)(parameters_of(model), batch)
+    assert_close(value, classification_loss(nn.Sequential(model[0]), batch), rtol=1e-12, atol=1e-13)
+
+
 # ---------------------------------------------------------------------------------------------- double precision
 class Shortening(nn.Module):
     """Casts as Hugging Face's RMS norm does, and makes a tensor in the default type."""
