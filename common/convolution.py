@@ -154,9 +154,9 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return value * axes if len(value) == 1 else value
 
 
-# Multiplications of a convolution over all mapped problems from which on `contract` is faster than torch's own, which
-# makes a group of each problem: below, what functorch does around a Python function costs more (milliseconds a layer).
-_WORTH_MAPPING = 20_000_000
+# Entries of all problems' weight gradients from which on `contract` is faster under vmap than torch's own, which makes
+# a group of each problem. Below, what functorch does around a Python function costs more: two milliseconds a layer.
+_WORTH_MAPPING = 10_000_000
 
 
 def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
@@ -169,8 +169,7 @@ def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
     problems = _mapped_problems()
     if problems is None:
         return input.requires_grad or weight.requires_grad
-    positions = input.numel() // input.shape[1]  # of the input: of the output there are at most about as many
-    return problems * positions * weight.numel() >= _WORTH_MAPPING
+    return problems > 0 and problems * weight.numel() >= _WORTH_MAPPING
 
 
 def _with_bias(y: Tensor, bias: Tensor | None, axes: int) -> Tensor:

@@ -6,6 +6,7 @@ Each is a pure function, differentiable in `params`, and composes with `torch.fu
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -180,12 +181,16 @@ def group_gradients(
         )
     if mode == "vmap":
         return _vmapped(loss, params, batch, groups, chunk_size)
-    if mode == "auto" and equal and len(groups) > 1:
+    if mode == "auto" and equal and len(groups) > 1 and loss not in _UNMAPPABLE:
         try:
             return _vmapped(loss, params, batch, groups, chunk_size)
         except RuntimeError:  # no batching rule, or control flow on data; what else is wrong the loop raises again
-            pass
+            _UNMAPPABLE.add(loss)
     return _stacked([gradient(loss, params, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
+
+
+# Losses that vmap could not follow once, so that "auto" does not try again: the result is the same, only sooner.
+_UNMAPPABLE: WeakSet[PureLoss] = WeakSet()
 
 
 def _stacked(trees: list[Params]) -> Params:

@@ -13,7 +13,10 @@ from common.exact import exact_derivatives
 
 N = 3  # problems under vmap
 
+TRANSPOSED = {"stride": (2, 1), "padding": (1, 0), "output_padding": (1, 0), "groups": 2}
 CASES = {
+    "transposed": (F.conv_transpose2d, (2, 3, 3, 4), (3, 2, 3, 2), {}),
+    "transposed, one axis": (F.conv_transpose1d, (2, 4, 3), (4, 2, 3), {"stride": 2, "groups": 2, "dilation": 2}),
     "plain": (F.conv2d, (2, 2, 4, 5), (3, 2, 3, 2), {}),
     "strided, padded, grouped": (F.conv2d, (2, 4, 4, 5), (6, 2, 3, 2), {"stride": 2, "padding": 1, "groups": 2}),
     "depthwise, dilated": (
@@ -29,11 +32,30 @@ CASES = {
 }
 
 
+def test_output_padding_has_a_third_derivative():
+    """What torch has no third derivative of: against finite differences, and under the transforms."""
+    random = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 4, 3, 4, generator=random), torch.randn(4, 2, 3, 2, generator=random)
+    v, u = torch.randn(w.shape, generator=random), torch.randn(w.shape, generator=random)
+
+    def loss(w):
+        with exact_derivatives():
+            return (F.conv_transpose2d(x, w, None, **TRANSPOSED) + 0.2).sin().sum()
+
+    def curvature(w):
+        return (torch.func.vjp(torch.func.grad(loss), w)[1](v)[0] * v).sum()
+
+    assert_close(loss(w), (F.conv_transpose2d(x, w, None, **TRANSPOSED) + 0.2).sin().sum(), rtol=1e-12, atol=1e-12)
+    difference = (curvature(w + 1e-4 * u) - curvature(w - 1e-4 * u)) / 2e-4
+    assert_close((torch.func.grad(curvature)(w) * u).sum(), difference, rtol=1e-5, atol=1e-7)
+
+
 def operands(case: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, w, bias, and N of x and of w."""
-    _, x, w, _ = CASES[case]
+    native, x, w, how = CASES[case]
+    bias = (w[1] * how.get("groups", 1),) if "transpose" in native.__name__ else w[:1]
     random = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=random) for shape in (x, w, w[:1], (N, *x), (N, *w)))
+    return tuple(torch.randn(shape, generator=random) for shape in (x, w, bias, (N, *x), (N, *w)))
 
 
 def of(case: str, exact: bool):
@@ -65,6 +87,7 @@ def check_orders(case: str) -> None:
     assert_close(*third_orders, rtol=1e-9, atol=1e-9)
 
 
+@mock.patch.object(convolution, "_WORTH_MAPPING", 0)
 def check_vmap(case: str) -> None:
     """Per-problem gradients, forward-over-reverse products, and derivatives *through* per-problem gradients."""
     x, w, b, many_x, many_w = operands(case)
@@ -168,19 +191,28 @@ def test_every_mutant_is_caught(mutant):
 
 
 # ---------------------------------------------------------------------------------------------- when it is used
+def vmapped(f, x, w):
+    return torch.func.vmap(torch.func.grad(lambda w, x: f(x, w).sum()), (None, 0))(w, x[:, None])
+
+
 @pytest.mark.parametrize(
-    ("call", "used"),
+    ("call", "worth", "used"),
     [
-        (lambda f, x, w: f(x, w), False),
-        (lambda f, x, w: f(x, w.requires_grad_()), True),
-        (lambda f, x, w: f(x[:0], w.requires_grad_()), False),
-        (lambda f, x, w: torch.func.grad(lambda w: f(x, w).sum())(w), False),
-        (lambda f, x, w: torch.func.vmap(torch.func.grad(lambda w, x: f(x, w).sum()), (None, 0))(w, x[:, None]), True),
+        (lambda f, x, w: f(x, w), 0, False),
+        (lambda f, x, w: f(x, w.requires_grad_()), 0, True),
+        (lambda f, x, w: f(x[:0], w.requires_grad_()), 0, False),
+        (lambda f, x, w: torch.func.grad(lambda w: f(x, w).sum())(w), 0, False),
+        (vmapped, 2 * 3 * 2 * 3 * 2, True),
+        (vmapped, 2 * 3 * 2 * 3 * 2 + 1, False),
     ],
-    ids=["nothing to differentiate", "autograd", "no example", "transform without vmap", "vmap"],
+    ids=["nothing to differentiate", "autograd", "no example", "transform without vmap", "vmap", "vmap of little"],
 )
-def test_torchs_own_is_called_where_it_is_faster(call, used):
-    x, w, *_ = operands("plain")
-    with mock.patch.object(convolution, "contract", side_effect=contract) as spy, exact_derivatives():
+def test_torchs_own_is_called_where_it_is_faster(call, worth, used):
+    x, w, *_ = operands("plain")  # two examples of a weight of 3 × 2 × 3 × 2
+    with (
+        mock.patch.object(convolution, "contract", side_effect=contract) as spy,
+        mock.patch.object(convolution, "_WORTH_MAPPING", worth),
+        exact_derivatives(),
+    ):
         call(F.conv2d, x, w)
     assert spy.called is used
