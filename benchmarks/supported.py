@@ -34,30 +34,7 @@ HEADINGS = {
     "through per-example gradients": "through per-example",
 }
 
-PREAMBLE = """\
-# What is differentiated right
-
-Measured with torch {version} by `python -m benchmarks.supported`; the tests measure it again. Each row is a small
-random network around one layer, or a model of a library from a small configuration, in float64. Each column is a
-quantity that an initialiser needs, compared with finite differences (per-example gradients: with a loop over the
-examples), in evaluation mode, and in training mode with batch statistics and dropout under a fixed seed.
-
-| column | what it is | who needs it |
-|---|---|---|
-| gradient | g = ∇L | all |
-| H v | Hessian-vector product, reverse over reverse, by `torch.func` and on autograd's own tape | GradInit, MetaInit |
-| H v, forward | the same, forward over reverse: less memory | any, as an option |
-| third order | gradient of ⟨v, H v⟩, by `torch.func` and on the tape | MetaInit |
-| per-example | a gradient an example, or (batch statistics) every two examples, by `vmap` | NIO |
-| through per-example | gradient of a function of these | NIO |
-
-✓ right · ✓ loop: right, computed in a loop because `vmap` cannot follow · ✓ reverse: right, in reverse mode because
-there is no forward formula · ✗ refused with an error; the last column says why, and the way out. A cell holds for both
-modes unless it names one.
-
-Your own model: `print(check_derivatives(model, loss_fn, batch))` makes this comparison on it, and names the layer where
-something disagrees (`from common.guard import check_derivatives`).
-"""
+MARK = "<!-- The rest is written by python -m benchmarks.supported. -->"  # what stands above it is not
 
 
 @dataclass(frozen=True)
@@ -120,10 +97,12 @@ def in_words(note: str) -> str:
 
 def documented() -> dict[str, str]:
     """The lines of the table by the names of their rows."""
-    if not TABLE.exists():
-        return {}
-    lines = TABLE.read_text("utf-8").splitlines()
-    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.count(" | ") >= len(QUANTITIES)}
+    found = {}
+    for line in TABLE.read_text("utf-8").splitlines():
+        name, *cells = line.removeprefix("| ").split(" | ")
+        if name in ZOO and len(cells) > len(QUANTITIES):
+            found[name] = line
+    return found
 
 
 def documented_version() -> str:
@@ -133,7 +112,8 @@ def documented_version() -> str:
 
 
 def render(lines: dict[str, str]) -> str:
-    text = [PREAMBLE.format(version=torch_version())]
+    prose = TABLE.read_text("utf-8").split(MARK)[0]
+    text = [prose + MARK, f"\nMeasured with torch {torch_version()}."]
     for group, names in groupby(ZOO, key=lambda name: ZOO[name].group):
         text += [f"\n## {group}\n", f"| | {' | '.join(HEADINGS.values())} | |", "|---" * (len(QUANTITIES) + 2) + "|"]
         text += [lines[name] for name in names if name in lines]

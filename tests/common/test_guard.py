@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -266,6 +267,39 @@ def test_an_initialiser_names_the_layer_that_ends_it():
     message = r"metainit: Layer '2.1' \(Of\): an operator in it has no derivative of this order.*model is unchanged"
     with untouched(model), pytest.raises(DerivativeError, match=message):
         metainit(model, batches=[make_batch()], steps=2, exact=False, progress=False)
+
+
+def checkpointed(reentrant: bool):
+    return lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("function", [Old.apply, checkpointed(False)], ids=["old function", "checkpointing"])
+def test_what_torch_func_refuses_may_work_on_the_tape(function):
+    plain = {Old.apply: lambda x: x**3}.get(function, torch.tanh)
+    model, twin = around(Of(function)), around(Of(plain))
+    for one in (model, twin):
+        metainit(one, batches=[make_batch()], steps=3, update="log", lr=0.02, progress=False)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    report = check_derivatives(model, batch=make_batch(), quantities=["gradient"])
+    assert "Layer '2.1' (Of)" in report.checks["gradient"].note
+
+
+def test_checkpointing_is_named():
+    model = around(Of(checkpointed(True)))
+    with (
+        untouched(model),
+        pytest.raises(DerivativeError, match=r"'2.1' \(Of\): it recomputes activations.*Turn activation"),
+    ):
+        metainit(model, batches=[make_batch()], steps=2, progress=False)
+
+
+def test_a_gradient_that_is_not_the_losss_derivative_is_found():
+    tokens = lambda x: (2 * x).abs().long().clamp(max=3)
+    body = nn.Sequential(Of(tokens), nn.Embedding(4, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(16, 4))
+    report = check_derivatives(around(body), batch=make_batch())
+    assert not report.checks["gradient"].agrees
+    assert any("Embedding" in layer for layer in report.checks["gradient"].layers), report
 
 
 def test_other_errors_pass():
