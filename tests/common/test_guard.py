@@ -285,6 +285,7 @@ def test_what_torch_func_refuses_may_work_on_the_tape(function):
     assert "Layer '2.1' (Of)" in report.checks["gradient"].note
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of a pass without gradients
 def test_checkpointing_is_named():
     model = around(Of(checkpointed(True)))
     with (
