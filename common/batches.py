@@ -33,17 +33,16 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     return found
 
 
-def length_of(batch: Batch, caller: str) -> int:
+def length_of(batch: Batch, caller: str, remedy: str) -> int:
     """How many examples the batch holds: the first dimension that all of its tensors share.
 
     Raises:
-        ValueError: No tensor, or tensors that differ.
+        ValueError: No tensor, or tensors that differ; with the `remedy`.
     """
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in tensors_of(batch)}
     if len(lengths) != 1 or None in lengths:
         raise ValueError(
-            f"{caller}: every tensor of a batch must have the same first dimension, got "
-            f"{sorted(lengths, key=str)}. "
-            "It cannot be split into groups of examples. Leave the micro-batch size unset for such batches."
+            f"{caller}: every tensor of a batch must have the same first dimension, got {sorted(lengths, key=str)}. "
+            + remedy
         )
     return lengths.pop()  # pyright: ignore[reportReturnType]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["convolution"]
+__all__ = ["convolution", "mapped_problems", "transposed_convolution"]
 
 
 class Geometry(NamedTuple):
@@ -139,7 +139,7 @@ def _weight_gradients(x: Tensor, h: Tensor, geometry: Geometry) -> Tensor:
     return torch.einsum("nbgcp,nbgop->ngoc", patches, h).reshape(n, *geometry.shapes["w"])
 
 
-def _mapped_problems() -> int | None:
+def mapped_problems() -> int | None:
     """How many problems the `vmap`s around the call map over; 0 under other transforms alone, None under none."""
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     levels = functorch.get_interpreter_stack()
@@ -166,7 +166,7 @@ def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
     """
     if not (input.ndim == weight.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0):
         return False
-    problems = _mapped_problems()
+    problems = mapped_problems()
     if problems is None:
         return input.requires_grad or weight.requires_grad
     return problems > 0 and problems * weight.numel() >= _WORTH_MAPPING
@@ -202,7 +202,8 @@ def convolution(native: Any) -> Any:
 def transposed_convolution(native: Any) -> Any:
     """`torch.conv_transpose1d`, … : ∂T/∂x, its input taken for h.
 
-    With `output_padding` torch's own has no third derivative (an error), so then this one is taken in any case.
+    With `output_padding` torch's own has no third derivative (an error), so then this one is taken; but torch's own for
+    one as large as the stride, which no convolution inverts.
     """
     axes = int(native.__name__[14])
 
@@ -220,7 +221,9 @@ def transposed_convolution(native: Any) -> Any:
             _per_axis(value, axes) for value in (stride, padding, output_padding, dilation)
         )
         batched = input.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0
-        if not _is_wanted(input, weight, axes) and not (any(extra) and batched):
+        # an output that is no convolution's input, torch's own alone can make (or refuse)
+        invertible = all(more < step for more, step in zip(extra, strides, strict=True))
+        if not invertible or not (_is_wanted(input, weight, axes) or (any(extra) and batched)):
             return native(input, weight, bias, stride, padding, output_padding, groups, dilation)
         size = [
             (length - 1) * step - 2 * pad + spread * (kernel - 1) + more + 1

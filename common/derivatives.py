@@ -4,7 +4,9 @@ Each is a pure function, differentiable in `params`, and composes with `torch.fu
 `tape`, which live on autograd's own tape, excepted).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Literal
 from weakref import WeakSet
 
@@ -18,7 +20,7 @@ from common.types import Batch, Params, PureLoss
 HvpMode = Literal["reverse", "forward"]
 GroupMode = Literal["auto", "vmap", "loop", "shared"]
 Group = slice | Tensor
-"""Examples of a batch: a slice, or a tensor of indices."""
+"""Examples of a batch: a slice, or a vector of indices or booleans."""
 
 
 def gradient(loss: PureLoss, params: Params, batch: Batch, *, micro_batch_size: int | None = None) -> Params:
@@ -138,7 +140,7 @@ def group_gradients(
         loss: Pure, the mean over a batch's examples. For `mode="shared"` one value an example, shape (b,).
         params: θ.
         batch: Any nesting of tensors, examples along dimension 0.
-        groups: Slices or index tensors; they may overlap. None: each example is a group.
+        groups: Slices, or vectors of indices or booleans; they may overlap. None: each example is a group.
         mode: What a group is to a layer that looks across examples, and how it is computed:
 
             - `"loop"` evaluates the loss on each group alone, so that BatchNorm takes each group's own statistics. It
@@ -167,8 +169,8 @@ def group_gradients(
         raise ValueError(f"group_gradients: `mode` must be 'auto', 'vmap', 'loop' or 'shared', got {mode!r}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"group_gradients: `chunk_size` must be at least 1, got {chunk_size}.")
-    length = length_of(batch, "group_gradients")
-    groups = [slice(k, k + 1) for k in range(length)] if groups is None else groups
+    length = length_of(batch, "group_gradients", "A gradient an example or group needs tensors that can be split.")
+    groups = [slice(k, k + 1) for k in range(length)] if groups is None else [_plain(k, length) for k in groups]
     sizes = [len(range(length)[k]) if isinstance(k, slice) else len(k) for k in groups]
     if not sizes or 0 in sizes:
         raise ValueError(f"group_gradients: every group must hold an example, got groups of sizes {sizes}.")
@@ -181,16 +183,46 @@ def group_gradients(
         )
     if mode == "vmap":
         return _vmapped(loss, params, batch, groups, chunk_size)
-    if mode == "auto" and equal and len(groups) > 1 and loss not in _UNMAPPABLE:
+    failed = False
+    if mode == "auto" and equal and len(groups) > 1 and not _is_known(loss):
         try:
             return _vmapped(loss, params, batch, groups, chunk_size)
         except RuntimeError:  # no batching rule, or control flow on data; what else is wrong the loop raises again
-            _UNMAPPABLE.add(loss)
-    return _stacked([gradient(loss, params, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
+            failed = True
+    by_loop = _stacked([gradient(loss, params, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
+    if failed:
+        _remember(loss)
+    return by_loop
 
 
-# Losses that vmap could not follow once, so that "auto" does not try again: the result is the same, only sooner.
-_UNMAPPABLE: WeakSet[PureLoss] = WeakSet()
+def _plain(group: Group, length: int) -> Group:
+    """A slice that goes forward, or a vector of indices."""
+    if isinstance(group, slice):
+        indices = range(length)[group]
+        return group if indices.step > 0 else torch.tensor(list(indices))
+    if group.ndim != 1:
+        raise ValueError(
+            "group_gradients: a group must be a slice, or a vector of indices or of booleans, got shape "
+            f"{tuple(group.shape)}."
+        )
+    return group.nonzero().flatten() if group.dtype == torch.bool else group
+
+
+# Losses that vmap could not follow, so that "auto" does not try again: the result is the same, only sooner.
+_UNMAPPABLE: WeakSet[Callable] = WeakSet()
+
+
+def _is_known(loss: Callable) -> bool:
+    while isinstance(loss, partial):
+        loss = loss.func
+    return isinstance(loss, Hashable) and loss in _UNMAPPABLE
+
+
+def _remember(loss: Callable) -> None:
+    while isinstance(loss, partial):  # a seed a step, say
+        loss = loss.func
+    if isinstance(loss, FunctionType):  # what pure_loss makes; other callables may not take a weak reference
+        _UNMAPPABLE.add(loss)
 
 
 def _stacked(trees: list[Params]) -> Params:
@@ -237,7 +269,7 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[tuple[float, Batch
         return
     if size < 1:
         raise ValueError(f"micro_batches: `size` must be at least 1, got {size}.")
-    length = length_of(batch, "micro_batches")
+    length = length_of(batch, "micro_batches", "Leave the micro-batch size unset for such batches.")
     for start in range(0, length, size):
         end = min(start + size, length)
         yield (end - start) / length, map_tensors(lambda leaf, a=start, b=end: leaf[a:b], batch)

@@ -7,6 +7,7 @@ from traceback import walk_tb
 
 from torch import nn
 
+from common.convolution import mapped_problems
 from common.types import DerivativeError
 
 # What torch says where it cannot follow; what that means, and what to do instead.
@@ -22,6 +23,18 @@ _LIMITS: dict[str, str] = {
         "it recomputes activations (checkpointing), which torch.func cannot follow. Turn activation checkpointing off; "
         "micro-batches bound memory instead"
     ),
+    r"forward AD with|ZeroTensors": "an operator in it has no forward-mode formula",
+    r"leaf Variable that requires grad.*in-place|mutate a captured Tensor": (
+        "it changes a tensor in place. Change a copy, or register the tensor as a buffer"
+    ),
+    r"derivative for .* is not implemented|backward.* not implemented for|not implemented for sparse|"
+    r"not (twice )?differentiable|order derivatives": (
+        "an operator in it has no derivative of this order. Write it in elementary operations"
+    ),
+}
+
+# The same, under vmap: elsewhere these words are of other things.
+_VMAP_LIMITS: dict[str, str] = {
     r"generate_vmap_rule": (
         "its autograd.Function has no rule for vmap. Set `generate_vmap_rule = True`, or use "
         "group_gradients(mode='loop') or 'auto'"
@@ -31,19 +44,12 @@ _LIMITS: dict[str, str] = {
         "it does what vmap cannot follow (control flow or shapes that depend on data, most often). Use "
         "group_gradients(mode='loop') or 'auto'"
     ),
-    r"forward AD with|ZeroTensors": "an operator in it has no forward-mode formula",
-    r"leaf Variable that requires grad.*in-place|mutate a captured Tensor": (
-        "it changes a tensor in place. Change a copy, or register the tensor as a buffer"
-    ),
-    r"derivative for .* is not implemented|not implemented for|not (twice )?differentiable|order derivatives": (
-        "an operator in it has no derivative of this order. Write it in elementary operations"
-    ),
 }
 
 
-def way_out(message: str) -> str | None:
+def way_out(message: str, *, mapped: bool = False) -> str | None:
     """What an error of torch's means for a layer, and what to do about it; None where it is not one of these."""
-    for pattern, meaning in _LIMITS.items():
+    for pattern, meaning in (_LIMITS | (_VMAP_LIMITS if mapped else {})).items():
         if re.search(pattern, message):
             return meaning
     return None
@@ -62,7 +68,7 @@ def explained(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         where = _raising_layer(error, model)
-        meaning = way_out(str(error)) if isinstance(error, RuntimeError) else None
+        meaning = way_out(str(error), mapped=bool(mapped_problems())) if isinstance(error, RuntimeError) else None
         if meaning is not None:
             raise DerivativeError(f"{where or 'The loss function'}: {meaning}. Torch says: {error}") from error
         if where is not None:

@@ -4,7 +4,7 @@ Torch's fused layer, batch and instance norm save their mean and inverse deviati
 derivative accounts for them by hand; one derivative further treats them as constants, and is silently wrong. Fused
 attention and recurrent kernels have no second, or no forward-mode, derivative at all. Under `exact_derivatives()` these
 functions are re-expressed in means, products and exponentials, whose derivatives of every order autograd gets right,
-and random masks no longer depend on how their input lies in memory.
+and the masks of dropout no longer depend on how their input lies in memory.
 
 Function values are unchanged up to round-off. Nothing global is set: the mode is a thread-local
 `torch.overrides.TorchFunctionMode`, so an exception, another thread or a nested use leaves no trace.
@@ -12,7 +12,7 @@ While any such mode is active, torch also turns off the Transformer's inference 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -29,7 +29,8 @@ __all__ = ["exact_derivatives"]
 
 # ---------------------------------------------------------------------------------------------- normalisation
 def _standardise(x: Tensor, axes: list[int], eps: float) -> Tensor:
-    """(x − mean) / √(variance + ε) over `axes`, both statistics part of the graph."""
+    """(x − mean) / √(variance + ε) over `axes`, both statistics in the graph; in float32 at least, as torch."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     centred = x - x.mean(axes, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
 
@@ -44,9 +45,11 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 def _layer_norm(
     x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    x = _standardise(x, list(range(-len(normalized_shape), 0)), eps)
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
+    if tuple(x.shape[-len(normalized_shape) :]) != tuple(normalized_shape):  # torch says what is wrong
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    y = _standardise(x, list(range(-len(normalized_shape), 0)), eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _torch_layer_norm(
@@ -81,7 +84,7 @@ def _batch_norm(
         )
     if running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, x, axes, momentum, count)
-    return _affine(_standardise(x, axes, eps), weight, bias)
+    return _affine(_standardise(x, axes, eps), weight, bias).to(x.dtype)
 
 
 @torch.no_grad()
@@ -130,7 +133,7 @@ def _instance_norm(
             mean, var = x.mean(axes).mean(0), x.var(axes, correction=1).mean(0)
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(var.to(running_var.dtype), momentum)
-    return _affine(_standardise(x, axes, eps), weight, bias)
+    return _affine(_standardise(x, axes, eps), weight, bias).to(x.dtype)
 
 
 def _torch_instance_norm(
@@ -199,13 +202,16 @@ def _embedding_bag(
 
 
 # ---------------------------------------------------------------------------------------------- random masks
-def _keep(shape: Sequence[int], like: Tensor, p: float) -> Tensor:
-    """Independent entries, 1 with probability 1 − p and else 0.
+def _keep(input: Tensor, p: float) -> Tensor:
+    """A mask for `input`: 1 with probability 1 − p and else 0, independently.
 
     Torch fills a mask in the order in which its input lies in memory. That order may differ between a pass with
     derivatives and one without, and the same seed then gives another mask: another function.
     """
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device).bernoulli_(1 - p)
+    try:
+        return torch.empty(tuple(input.shape), dtype=input.dtype, device=input.device).bernoulli_(1 - p)
+    except RuntimeError:  # under vmap(randomness="different"), which wants a mask that is mapped
+        return torch.empty_like(input, memory_format=torch.contiguous_format).bernoulli_(1 - p)
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -213,20 +219,23 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
         raise ValueError(f"dropout: the probability must lie in [0, 1], got {p}.")
     if not training or p == 0:
         return input
-    keep = _keep(input.shape, input, p) / (1 - p) if p < 1 else torch.zeros_like(input)
+    keep = _keep(input, p) / (1 - p) if p < 1 else torch.zeros_like(input)
     return input.mul_(keep) if inplace else input * keep
 
 
 def _alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
     """Dropped entries become SELU's limit at −∞, then mean and variance are restored (Klambauer et al. 2017)."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"alpha_dropout: the probability must lie in [0, 1], got {p}.")
     if not training or p == 0:
         return input
     if p == 1:
-        return input * 0
+        return input.mul_(0) if inplace else input * 0
     limit = -1.7580993408473766  # −λ α of SELU
     gain = 1 / math.sqrt((limit**2 * p + 1) * (1 - p))
-    keep = _keep(input.shape, input, p)
-    return input * keep * gain + ((1 - keep) * limit - limit * p) * gain
+    keep = _keep(input, p)
+    scale, shift = keep * gain, ((1 - keep) * limit - limit * p) * gain
+    return input.mul_(scale).add_(shift) if inplace else input * scale + shift
 
 
 def _like(native: Callable) -> Callable:
@@ -262,7 +271,8 @@ def _mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    if size_average is not None or reduce is not None or weight is not None or input.shape != target.shape:
+    plain = size_average is None and reduce is None and weight is None and input.shape == target.shape
+    if not plain or reduction not in ("mean", "sum", "none"):
         return F.mse_loss(input, target, size_average, reduce, reduction, *(() if weight is None else (weight,)))
     square = (input - target).square()
     return {"mean": square.mean, "sum": square.sum, "none": lambda: square}[reduction]()
@@ -420,6 +430,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     F.dropout: _dropout,
     torch.dropout: _dropout,
     F.alpha_dropout: _alpha_dropout,
+    torch.alpha_dropout: _alpha_dropout,
     torch.rand_like: _like(torch.rand_like),
     torch.randn_like: _like(torch.randn_like),
     F.hardsigmoid: _hardsigmoid,

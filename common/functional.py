@@ -5,7 +5,9 @@ dropout's randomness comes from, which buffers may be written (none of the user'
 """
 
 import copy
+import threading
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,11 +39,8 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def parameters_of(model: nn.Module, *, dtype: torch.dtype | None = None) -> Params:
-    """The model's parameters, detached, a tied tensor under its first name only.
-
-    They share the model's memory, unless `dtype` asks for another type than theirs.
-    """
-    return {name: parameter.detach().to(dtype or parameter.dtype) for name, parameter in model.named_parameters()}
+    """Copies of the parameters, detached, a tied one under its first name only; of type `dtype`, if it is given."""
+    return {name: leaf.detach().to(dtype or leaf.dtype, copy=True) for name, leaf in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -76,8 +75,9 @@ def pure_loss(
 ) -> PureLoss:
     """The loss as a function of parameters and batch that touches nothing but its arguments.
 
-    Parameters absent from the dictionary (frozen ones, say) keep the model's own values. Buffers are cloned for each
-    call, and train/eval flags are set on a structural copy: the model passed in is only ever read.
+    Parameters absent from the dictionary (frozen ones, say) keep the model's own values. Train/eval flags are set on a
+    structural copy, and each call gets copies of the buffers and of whatever parameters share the model's memory: the
+    model passed in is only ever read. Calls may come from several threads; those of one loss wait for one another.
 
     Args:
         model: Any `nn.Module`, not wrapped by DDP, FSDP, DataParallel or `torch.compile`.
@@ -93,8 +93,7 @@ def pure_loss(
         TypeError: The model is wrapped, quantised, or not yet initialised (lazy).
         ValueError: Unknown `batch_norm` or `dtype`, or a model that cannot be copied. When called: a name that is none
             of the model's parameters.
-        DerivativeError: When called or differentiated: a layer does what `torch.func` cannot follow, or changes a
-            parameter in place.
+        DerivativeError: When called: a layer does what `torch.func` cannot follow, or changes a parameter in place.
     """
     check_bare(model, "pure_loss")
     if batch_norm not in ("batch", "running"):
@@ -103,14 +102,19 @@ def pure_loss(
         raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
     wrapped = _LossModule(_structural_copy(model), loss_fn)
     _set_modes(wrapped.model, batch_norm, dropout=seed is not None)
-    buffers = _buffers_to_copy(wrapped, keep_stored=dtype is None)
-    own = {f"model.{name}": leaf for name, leaf in parameters_of(model).items()}
+    buffers: dict[int, tuple[Tensor, list[str]]] = {}  # each once, with all of its names
+    for name, buffer in wrapped.named_buffers(remove_duplicate=False):
+        buffers.setdefault(id(buffer), (buffer, []))[1].append(name)
+    own = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    memory = {_address(leaf) for leaf in own.values()} - {0}
     first = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
     # every name of every parameter, those of a tied one leading to its first
     names = {name: first[id(leaf)] for name, leaf in model.named_parameters(remove_duplicate=False)}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     dropout = seed is not None
-    proven = False  # that a call leaves parameters as they are: until then it gets copies of them
+    proven = False  # that a call leaves parameters as they are: until then it gets copies of all of them
+    # One call at a time: parameters are put into one structural copy. A seed is torch's global generator's.
+    lock = _SEEDING if dropout else threading.RLock()
 
     def cast(leaf: Tensor) -> Tensor:
         return leaf if dtype is None or not leaf.is_floating_point() else leaf.to(dtype)
@@ -125,14 +129,16 @@ def pure_loss(
             raise ValueError(f"pure_loss: names must be the model's parameters, got {min(unknown)!r}.")
         originals = own | {names[name]: value for name, value in params.items()}
         originals = {name: cast(leaf) for name, leaf in originals.items()}
-        given = originals if proven else {name: leaf.clone() for name, leaf in originals.items()}
+        given = {
+            name: leaf.clone() if not proven or _address(leaf) in memory else leaf for name, leaf in originals.items()
+        }
         versions = {name: leaf._version for name, leaf in given.items()}
         state = {f"model.{name}": given[name_of_first] for name, name_of_first in names.items()}
-        for buffer, aliases in buffers:
+        for buffer, aliases in buffers.values():
             state |= dict.fromkeys(aliases, cast(buffer.clone()))
         batch = batch if dtype is None else map_tensors(cast, batch)
         # Every context is entered in here: a recomputation during backward runs outside of any that surrounds the call.
-        with ExitStack() as stack:
+        with lock, ExitStack() as stack:
             if seed is not None:
                 # The same mask in a recomputation, and the caller's random state left alone.
                 stack.enter_context(torch.random.fork_rng(devices))
@@ -158,22 +164,15 @@ def pure_loss(
     return loss
 
 
-def _buffers_to_copy(module: nn.Module, *, keep_stored: bool) -> list[tuple[Tensor, list[str]]]:
-    """Each buffer that a call may write to, with all of its names.
+_SEEDING = threading.RLock()
 
-    The stored statistics of norms in evaluation mode are only read: with `keep_stored` they need no copy.
-    """
-    stored = {
-        id(buffer)
-        for part in module.modules()
-        if keep_stored and isinstance(part, _NormBase) and not part.training
-        for buffer in part.buffers(recurse=False)
-    }
-    found: dict[int, tuple[Tensor, list[str]]] = {}
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        if id(buffer) not in stored:
-            found.setdefault(id(buffer), (buffer, []))[1].append(name)
-    return list(found.values())
+
+def _address(leaf: Tensor) -> int:
+    """Where a tensor's memory begins, beneath whatever transforms wrap it; 0 where it has none of its own."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(leaf):
+        leaf = functorch.get_unwrapped(leaf)
+    return leaf.untyped_storage().data_ptr() if leaf.device.type != "meta" else 0
 
 
 @torch.no_grad()
@@ -223,9 +222,15 @@ def _set_modes(model: nn.Module, batch_norm: BatchNormMode, *, dropout: bool) ->
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
         # Training moves the power iteration, a step that is not differentiated: derivatives would not be the loss's.
-        hooks = module._forward_pre_hooks.values()
-        if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+        if isinstance(module, _SpectralNorm):
             module.eval()
+        for key, hook in module._forward_pre_hooks.items():
+            if isinstance(hook, SpectralNorm):
+                module._forward_pre_hooks[key] = partial(_renew_weight, hook)
+
+
+def _renew_weight(hook: SpectralNorm, module: nn.Module, _: Any) -> None:
+    setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
 
 
 def uses_batch_statistics(model: nn.Module, batch_norm: BatchNormMode) -> bool:
@@ -299,12 +304,13 @@ def check_first_batch(
     *,
     batch_norm: BatchNormMode,
     seed: int | None = None,
+    exact: bool = True,
 ) -> None:
     """Two forward passes before anything is computed: devices agree, labels fit, the loss is one finite number."""
     check_devices(model, batch, caller)
     if loss_fn is classification_loss:
         _check_classification(model, batch, caller, batch_norm)
-    loss = pure_loss(model, loss_fn, batch_norm=batch_norm, seed=seed)
+    loss = pure_loss(model, loss_fn, batch_norm=batch_norm, seed=seed, exact=exact)
     value = loss({}, batch)
     if not isinstance(value, Tensor) or value.ndim != 0:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -319,7 +325,7 @@ def check_first_batch(
         raise ValueError(
             f"{caller}: the loss must be the same at every evaluation, got {value.item():g} and {again.item():g}: "
             f"{_first_to_differ(model, loss_fn, batch, batch_norm)} draws random numbers in evaluation mode. "
-            "Turn them off, or fix them: pure_loss(seed=…)."
+            "Turn them off there (`pure_loss` and `check_derivatives` also take a `seed`)."
         )
 
 

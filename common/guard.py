@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.batches import length_of, map_tensors, tensors_of
+from common.batches import map_tensors, tensors_of
 from common.derivatives import (
     GroupMode,
     HvpMode,
@@ -94,6 +94,8 @@ class DerivativeReport:
         for name, check in self.checks.items():
             verdict = "right" if check.agrees else "refused" if check.error != check.error else "WRONG"
             number = "–" if check.error != check.error else f"{check.error:.1e}"
+            if check.note == _NOT_EXAMINED:
+                verdict = number = "–"
             lines.append(f"{name:{width}}  {number:>7}  {verdict:7}  {check.note}".rstrip())
             for layer, reason in check.layers.items():
                 if layer not in check.note:
@@ -147,6 +149,8 @@ def check_derivatives(
     check_bare(model, "check_derivatives")
     if batch is None:
         raise ValueError("check_derivatives: `batch` must be a batch that `loss_fn` takes, got None.")
+    if not quantities:
+        raise ValueError("check_derivatives: `quantities` must name one at least, got none.")
     if unknown := set(quantities) - QUANTITIES.keys():
         raise ValueError(f"check_derivatives: `quantities` must be of {', '.join(QUANTITIES)}, got {min(unknown)!r}.")
     for name, parameter in model.named_parameters():
@@ -204,6 +208,7 @@ def naming_the_layer(
 
 
 # ---------------------------------------------------------------------------------------------- one loss, all orders
+_NOT_EXAMINED = "not examined: the batch cannot be split into groups of examples"
 _STEPS = (1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 
 
@@ -231,11 +236,17 @@ class _Problem:
             return tree_vdot(hvp(self.loss, moved, self.v, self.batch), self.v).item()
         return self.spread(moved, "loop").item()
 
+    def groups(self) -> list[slice] | None:
+        """The examples, one or more a group; None for a batch that cannot be split."""
+        lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in tensors_of(self.batch)}
+        if len(lengths) != 1 or min(lengths) < self.group_size:
+            return None
+        size = self.group_size
+        return [slice(k, k + size) for k in range(0, lengths.pop() - size + 1, size)]
+
     def spread(self, theta: Params, mode: GroupMode) -> Tensor:
         """Σ_k ⟨g_k, v⟩²."""
-        length = length_of(self.batch, "check_derivatives")
-        groups = [slice(k, k + self.group_size) for k in range(0, length - self.group_size + 1, self.group_size)]
-        gradients = group_gradients(self.loss, theta, self.batch, groups, mode=mode)
+        gradients = group_gradients(self.loss, theta, self.batch, self.groups(), mode=mode)
         along = [(leaf * self.v[name]).reshape(len(leaf), -1).sum(1) for name, leaf in gradients.items()]
         return torch.stack(along).sum(0).square().sum()
 
@@ -277,19 +288,21 @@ class _Problem:
         return max(checks, key=_badness)
 
     def per_example(self, tolerance: float) -> Check:
-        length = length_of(self.batch, "check_derivatives")
-        groups = [slice(k, k + self.group_size) for k in range(0, length - self.group_size + 1, self.group_size)]
+        if (groups := self.groups()) is None:
+            return Check(0.0, tolerance, _NOT_EXAMINED)
         of = partial(group_gradients, self.loss, self.theta, self.batch, groups)
         loop = of(mode="loop")
         try:
             vmapped = of(mode="vmap")
         except RuntimeError as error:
-            return Check(0.0, tolerance, f"a loop instead: {_in_short(error)}")
+            return Check(0.0, tolerance, f"a loop instead: {_in_short(error, mapped=True)}")
         difference = tree_add(vmapped, loop, scale=-1.0)
         size = tree_vdot(loop, loop).sqrt()
         return Check((tree_vdot(difference, difference).sqrt() / size.clamp(min=1e-300)).item(), tolerance)
 
     def through_per_example(self, tolerance: float) -> Check:
+        if self.groups() is None:
+            return Check(0.0, tolerance, _NOT_EXAMINED)
         leaves = _required(self.theta)
         slope = tape(self.spread(leaves, "auto"), leaves, keep=False)
         return self.against("spread", tree_vdot(slope, self.w), tolerance)
@@ -301,14 +314,17 @@ class _Problem:
         wrong derivative is wrong at every step.
         """
         best, value = float("inf"), derivative.item()
+        steepest = abs(value)  # slope seen at any step
         for step in sorted(_STEPS, key=lambda step: step != self.good_step):  # what was small enough before is first
             if (which, step) not in self.differences:
                 a, b, c, d = (self.values(which, k * step) for k in (-2, -1, 1, 2))
                 slopes = (a - 8 * b + 8 * c - d) / (12 * step), (c - b) / (2 * step)
-                # what round-off may add, where that is too little to hide anything: a derivative may be zero
-                noise = 2e-15 * max(map(abs, (a, b, c, d))) / step if step >= 1e-7 else 0.0
-                self.differences[which, step] = slopes, noise
-            slopes, noise = self.differences[which, step]
+                self.differences[which, step] = slopes, max(map(abs, (a, b, c, d)))
+            slopes, size = self.differences[which, step]
+            steepest = max(steepest, *map(abs, slopes))
+            if step != _STEPS[0] and steepest * step <= 1e-14 * size:
+                continue  # too small a step to see such a slope in numbers of this size
+            noise = 2e-15 * size / step
             for slope in slopes:
                 best = min(best, abs(slope - value) / max(abs(slope), abs(value), noise / tolerance, 1e-300))
             if best <= tolerance:
@@ -346,11 +362,11 @@ def _badness(check: Check) -> float:
     return check.error if check.error == check.error else float("inf")
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: Exception, *, mapped: bool = False) -> str:
     """The way out where one is known, else the first line of what torch says."""
     if isinstance(error, DerivativeError):
         return str(error).split(" Torch says")[0]
-    return way_out(str(error)) or _torch_says(error)
+    return way_out(str(error), mapped=mapped) or _torch_says(error)
 
 
 def _torch_says(error: Exception) -> str:
@@ -392,8 +408,11 @@ def _faults(
             for handle in handles:
                 handle.remove()
 
-    with torch.no_grad():
-        make_loss(model, recording)({}, batch)
+    try:
+        with torch.no_grad():
+            make_loss(model, recording)({}, batch)
+    except Exception:  # a model that cannot be called in double precision, say: what is known is said without a layer
+        return {}
     modules = dict(model.named_modules())
     faults: dict[str, dict[str, str]] = {}
     examined: dict[str, dict[str, str]] = {}  # of modules that are alike, one is enough
@@ -402,7 +421,9 @@ def _faults(
         if any(inner != name and (inner.startswith(f"{name}.") or not name) for inner in at_fault):
             continue
         shapes = [tuple(leaf.shape) for leaf in tensors_of(calls[name])]
-        alike = f"{modules[name]!r} {shapes}"
+        # alike: torch's own layers that print alike; of others nothing is known by their print
+        own = all(type(part).__module__.startswith("torch.nn.") for part in modules[name].modules())
+        alike = f"{modules[name]!r} {shapes}" if own else name
         if alike not in examined:
             examined[alike] = _examine(modules[name], calls[name], make_loss, quantities, tolerance)
         if examined[alike]:

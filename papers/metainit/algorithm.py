@@ -240,7 +240,7 @@ def metainit(
             batches = _default_noise(model, loss_fn, input_shape, num_classes, batch_size, generator, batch_norm)
         stream = _endless(batches)
         first = next(stream)
-        check_first_batch(model, loss_fn, first, "metainit", batch_norm=batch_norm)
+        check_first_batch(model, loss_fn, first, "metainit", batch_norm=batch_norm, exact=exact)
         if loss_fn is classification_loss:
             classes = logits_of(model, first[0], "metainit", batch_norm).shape[1]
         loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact)

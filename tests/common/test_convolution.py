@@ -50,6 +50,18 @@ def test_output_padding_has_a_third_derivative():
     assert_close((torch.func.grad(curvature)(w) * u).sum(), difference, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("stride", "dilation", "extra"), [(1, 2, 1), (2, 3, 2), (1, 3, 2)])
+def test_output_padding_as_large_as_the_stride_is_torchs(stride, dilation, extra):
+    random = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 3, 4, generator=random, requires_grad=True), torch.randn(3, 2, 2, generator=random)
+    how = {"stride": stride, "dilation": dilation, "output_padding": extra}
+    with exact_derivatives():
+        y = F.conv_transpose1d(x, w, None, **how)
+    assert_close(y, F.conv_transpose1d(x, w, None, **how), rtol=1e-12, atol=1e-12)
+    with exact_derivatives(), pytest.raises(RuntimeError, match="output padding must be smaller"):
+        F.conv_transpose1d(x, w, None, stride=1, output_padding=1)
+
+
 def operands(case: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, w, bias, and N of x and of w."""
     native, x, w, how = CASES[case]

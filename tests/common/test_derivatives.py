@@ -455,9 +455,49 @@ def test_auto_loops_where_vmap_cannot_follow():
     assert_close(group_gradients(loss, theta, x)["w"], torch.tensor([2.0, -3.0]))
 
 
+def test_masks_and_backward_slices_are_groups():
+    loss, params, _, batch = problem("tied")
+    expected = group_gradients(loss, params, batch, [torch.tensor([0, 3]), torch.tensor([4, 2])], mode="loop")
+    groups = [torch.tensor([1, 0, 0, 1, 0]).bool(), slice(4, 1, -2)]
+    for mode in ("loop", "vmap"):
+        assert_close(group_gradients(loss, params, batch, groups, mode=mode), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_auto_remembers_what_vmap_cannot_follow_and_nothing_else():
+    def loss(theta, x, *, seed=0):
+        calls.append(seed)
+        return (theta["w"] * x).sum() * (2.0 if x.sum().item() > 0 else 3.0)
+
+    theta, x = {"w": torch.ones(())}, torch.tensor([1.0, -1.0])
+    for turns in (3, 2, 2):  # an attempt, and then one call a group
+        calls: list[int] = []
+        group_gradients(partial(loss, seed=turns), theta, x)
+        assert len(calls) == turns
+
+    def fussy(theta, x):
+        return (theta["w"] @ x.T).sum()
+
+    theta = {"w": torch.ones(3)}
+    with pytest.raises(RuntimeError):  # a mistake of the user's, in a loop as well
+        group_gradients(fussy, theta, torch.ones(2, 4))
+    assert fussy not in derivatives._UNMAPPABLE
+
+    class Loss:  # neither hashable nor a function
+        __hash__ = None
+
+        def __call__(self, theta, x):
+            return loss(theta, x)
+
+    calls = []
+    assert_close(group_gradients(Loss(), {"w": torch.ones(())}, x)["w"], torch.tensor([2.0, -3.0]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"groups": [torch.tensor(1)]}, r"a vector of indices or of booleans, got shape \(\)"),
+        ({"groups": [torch.zeros(5).bool()]}, r"every group must hold an example, got groups of sizes \[0\]"),
+        ({"groups": [torch.ones(5).bool(), slice(0, 2)], "mode": "vmap"}, r"groups of one size, got sizes \[5, 2\]"),
         ({"mode": "map"}, "`mode` must be 'auto', 'vmap', 'loop' or 'shared', got 'map'"),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
         ({"groups": []}, r"every group must hold an example, got groups of sizes \[\]"),

@@ -527,6 +527,59 @@ def test_sequences_packed_in_any_order_come_back_in_theirs(layer, generator):
     assert_close(leaves(state), leaves(expected_state), rtol=1e-12, atol=1e-13)
 
 
+def test_randomised_slopes_are_drawn_between_their_bounds(generator):
+    x = torch.randn(400, generator=generator)
+    with torch.random.fork_rng(), exact_derivatives():
+        torch.manual_seed(1)  # another stream than the inputs', whose signs choose
+        slopes = (F.rrelu(x, 0.2, 0.6, training=True) / x)[x < 0]
+        assert torch.equal(F.rrelu(x, 0.2, 0.6, training=True)[x >= 0], x[x >= 0])
+        in_place = x.clone()
+        assert F.rrelu(in_place, 0.2, 0.6, training=True, inplace=True) is in_place
+    assert slopes.min() >= 0.2
+    assert slopes.max() <= 0.6
+    error = 0.4 / math.sqrt(12 * len(slopes))  # of the mean of numbers uniform over 0.4
+    assert abs(slopes.mean() - 0.4) < 5 * error
+    assert slopes.max() - slopes.min() > 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_normalised_in_float32(dtype, generator):
+    x = (200 * torch.randn(8, 6, generator=generator)).to(dtype)
+    weight = torch.randn(6, generator=generator).float()
+    calls = [lambda: F.layer_norm(x, (6,)), lambda: F.batch_norm(x, None, None, weight, weight, True)]
+    for call in calls:
+        expected = call()
+        with exact_derivatives():
+            actual = call()
+        assert actual.dtype == dtype
+        assert_close(actual, expected, rtol=2e-2, atol=2e-2)  # two roundings to eight or eleven digits
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_dropout_under_either_randomness(randomness, generator):
+    def drop(x):
+        with exact_derivatives():
+            return F.dropout(x, 0.5)
+
+    with torch.random.fork_rng():
+        rows = torch.func.vmap(drop, randomness=randomness)(torch.ones(3, 50))
+    assert set(rows.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(rows[0], rows[1]) is (randomness == "same")
+
+
+def test_what_torch_refuses_stays_refused():
+    x = torch.randn(2, 3)
+    with exact_derivatives():
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            F.layer_norm(x, (4,))
+        with pytest.raises(ValueError, match="foo"):
+            F.mse_loss(x, x, reduction="foo")
+        with pytest.raises(ValueError, match=r"alpha_dropout: the probability must lie in \[0, 1\], got 1.5"):
+            F.alpha_dropout(x, 1.5, training=True)
+        given = x.clone()
+        assert F.alpha_dropout(given, 0.5, training=True, inplace=True) is given
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_recurrent_dropout_is_between_layers_and_in_training_only(train, generator):
     # at probability one, dropout is no longer random: the second layer's input is zero

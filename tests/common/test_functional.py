@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from common.derivatives import gradient, group_gradients, taped_gradient
 from common.exact import exact_derivatives
 from common.functional import (
+    _address,
     check_bare,
     check_devices,
     check_first_batch,
@@ -408,18 +409,100 @@ def test_a_parameter_changed_in_place_is_refused(kind, transform):
         call()
 
 
-def test_parameters_are_copied_for_the_first_call_only():
+def test_what_shares_the_models_memory_is_copied_and_nothing_else():
     model, batch, seen = make([]), make_batch(), []
 
     def loss_fn(model, batch):
-        seen.append(model[0].weight.data_ptr())
+        seen.append(_address(model[0].weight))
         return classification_loss(model, batch)
 
     loss = pure_loss(model, loss_fn)
-    for _ in range(3):
-        loss(parameters_of(model), batch)
-    own = model[0].weight.data_ptr()
-    assert [address == own for address in seen] == [False, True, True]
+    own, mine = {"0.weight": model[0].weight.detach()}, parameters_of(model)
+    for params in (mine, mine, own, own, {}):
+        loss(params, batch)
+    addresses = [mine["0.weight"].data_ptr(), model[0].weight.data_ptr()]
+    assert [address in addresses for address in seen] == [False, True, False, False, False]
+    gradient(loss, own, batch)  # under a transform too
+    assert seen[-1] not in addresses
+
+
+class Late(nn.Module):
+    """Changes a parameter in place, and a buffer, but not at the first call."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.scale = how, nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        if x.abs().max() > 10:
+            with torch.no_grad():
+                (self.scale.data if self.how == "data" else self.scale).mul_(0.5)
+        return x * self.scale
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data"])
+def test_a_change_in_place_at_a_later_call_never_reaches_the_model(how):
+    model, (x, y) = nn.Sequential(nn.Linear(3, 4), Late(how)), make_batch()
+    loss = pure_loss(model)
+    with untouched(model):
+        for params in ({}, dict(model.named_parameters()), parameters_of(model)):
+            loss(params, (x, y))
+            if how == "data":  # nothing shows in a version; but it is a copy's memory
+                loss(params, (100 * x, y))
+            else:
+                with pytest.raises(DerivativeError, match=r"'1.scale' is changed in place"):
+                    loss(params, (100 * x, y))
+
+
+def test_a_loss_that_switches_to_training_mode_leaves_buffers_alone():
+    model, batch = make(["batch norm"]), make_batch()
+
+    def loss_fn(model, batch):
+        model.train()
+        return classification_loss(model, batch)
+
+    with untouched(model):
+        for _ in range(2):
+            gradient(pure_loss(model, loss_fn, batch_norm="running"), parameters_of(model), batch)
+
+
+def test_one_loss_in_many_threads():
+    model, batch = make(["layer norm"]), make_batch()
+    loss = pure_loss(model)
+    params = [{name: leaf * (1 + 0.1 * k) for name, leaf in parameters_of(model).items()} for k in range(4)]
+    expected = [loss(at, batch) for at in params]
+    wrong = []
+
+    def many(k: int) -> None:
+        wrong.extend(1 for _ in range(50) if loss(params[k], batch) != expected[k])
+
+    threads = [threading.Thread(target=many, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x.long().softmax(-1), lambda x: torch.stack([x, x[:1]])])
+def test_a_users_own_mistake_is_not_called_a_limit(wrong):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return wrong(x)
+
+    with pytest.raises(RuntimeError) as caught:
+        pure_loss(nn.Sequential(nn.Linear(3, 4), Wrong()))({}, make_batch())
+    assert not isinstance(caught.value, DerivativeError)
+    assert caught.value.__notes__ == ["Raised in Layer '1' (Wrong)."]
+
+
+def test_a_hook_of_spectral_norm_leaves_dropout_on():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.spectral_norm(nn.LSTM(3, 4, 2, dropout=0.5, batch_first=True), "weight_hh_l0")
+    x = torch.randn(2, 5, 3)
+    values = [pure_loss(layer, lambda model, x: model(x)[0].square().mean(), seed=seed)({}, x) for seed in (1, 1, 2)]
+    assert values[0] == values[1] != values[2]
 
 
 class Shared(nn.Module):

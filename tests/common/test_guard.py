@@ -216,6 +216,66 @@ def test_any_batch_and_frozen_parameters():
     assert report.agrees, report
 
 
+def test_a_batch_that_cannot_be_split_is_examined_as_a_whole():
+    x, y = make_batch()
+    loss_fn = lambda model, batch: batch[2] * classification_loss(model, batch[:2])
+    report = check_derivatives(around(nn.LayerNorm(4)), loss_fn, (x, y, torch.tensor(2.0)))
+    assert report.agrees, report
+    assert report.checks["third order"].error < 1e-6
+    for name in list(QUANTITIES)[4:]:
+        assert report.checks[name].note.startswith("not examined")
+    assert str(report).count("not examined") == 2
+
+
+class Pair(nn.Module):
+    """An innocent layer whose inputs do not split, beside one at fault."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fault = nn.GRU(4, 4, batch_first=True), Of(lambda x: x * x.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.rnn(x[:, None], x.mean().expand(1, x.shape[0], 4))
+        return self.fault(y[:, 0])
+
+
+def test_layers_that_cannot_be_split_are_not_blamed():
+    report = check_derivatives(around(Pair()), batch=make_batch())
+    assert not report.agrees
+    for check in report.checks.values():
+        assert all(layer == "Layer '2.1.fault' (Of)" for layer in check.layers), report
+
+
+@pytest.mark.parametrize("faulty", [0, 2])
+def test_modules_that_print_alike_are_examined_one_by_one(faulty):
+    layers = [Of(torch.tanh), nn.Linear(4, 4), Of(torch.tanh)]
+    layers[faulty] = Of(lambda x: x * x.detach())
+    report = check_derivatives(around(nn.Sequential(*layers)), batch=make_batch())
+    assert list(report.checks["gradient"].layers) == [f"Layer '2.1.{faulty}' (Of)"], report
+
+
+def test_a_model_that_cannot_be_called_in_double_precision_still_has_a_report():
+    def short_only(x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("kernel: float32 only")
+        return x
+
+    report = check_derivatives(around(Of(short_only)), batch=make_batch())
+    assert all("float32 only" in check.note for check in report.checks.values()), report
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e5, 1e6, 1e7, 1e8])
+def test_a_fault_beside_a_large_number_is_found(offset):
+    def loss_fn(model, batch):
+        value = classification_loss(model, batch)
+        return value.detach() + 0 * value + offset
+
+    model = around(nn.Identity())
+    assert not check_derivatives(model, loss_fn, make_batch(), quantities=["gradient"]).agrees
+    fine = check_derivatives(model, lambda m, b: classification_loss(m, b) + offset, make_batch())
+    assert fine.agrees, fine
+
+
 def test_a_report_is_a_table():
     text = str(check_derivatives(around(nn.LayerNorm(4)), batch=make_batch()))
     lines = text.splitlines()
@@ -235,6 +295,7 @@ class Complex(nn.Module):
 
 BAD = {
     "no batch": (nn.Identity, {"batch": None}, ValueError, "`batch` must be a batch that `loss_fn` takes, got None"),
+    "no quantity": (nn.Identity, {"quantities": []}, ValueError, "`quantities` must name one at least, got none"),
     "quantity": (nn.Identity, {"quantities": ["fourth order"]}, ValueError, "`quantities` must be of .*'fourth order'"),
     "complex": (Complex, {}, ValueError, "parameters must be real, got torch.complex64 for '2.1.weight'"),
     "random": (
