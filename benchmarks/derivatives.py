@@ -151,7 +151,7 @@ def section_micro(config: Config, device: torch.device) -> dict[str, Any]:
         f"batch {size}, {mode}": compare_memory(
             "benchmarks.derivatives", f"{size} {mode} 8", f"{size} {mode} {size}", device
         )
-        for size in (16, 32, 64)
+        for size in (16, 64, 256)
         for mode in ("reverse", "forward")
     }
 

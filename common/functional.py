@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -102,14 +101,20 @@ def pure_loss(
         raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
     wrapped = _LossModule(_structural_copy(model), loss_fn)
     _set_modes(wrapped.model, batch_norm, dropout=seed is not None)
-    buffers: dict[int, tuple[Tensor, list[str]]] = {}  # each once, with all of its names
-    for name, buffer in wrapped.named_buffers(remove_duplicate=False):
-        buffers.setdefault(id(buffer), (buffer, []))[1].append(name)
     own = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     memory = {_address(leaf) for leaf in own.values()} - {0}
     first = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
     # every name of every parameter, those of a tied one leading to its first
     names = {name: first[id(leaf)] for name, leaf in model.named_parameters(remove_duplicate=False)}
+    # where the copy keeps its tensors: parameters by their first names, buffers by themselves
+    places = [
+        (store, key, leaf)
+        for part in wrapped.modules()
+        for store in (part._parameters, part._buffers)
+        for key, leaf in store.items()
+        if leaf is not None
+    ]
+    buffers = {id(leaf): leaf for leaf in wrapped.buffers()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     dropout = seed is not None
     proven = False  # that a call leaves parameters as they are: until then it gets copies of all of them
@@ -133,9 +138,8 @@ def pure_loss(
             name: leaf.clone() if not proven or _address(leaf) in memory else leaf for name, leaf in originals.items()
         }
         versions = {name: leaf._version for name, leaf in given.items()}
-        state = {f"model.{name}": given[name_of_first] for name, name_of_first in names.items()}
-        for buffer, aliases in buffers.values():
-            state |= dict.fromkeys(aliases, cast(buffer.clone()))
+        state = {key: cast(buffer.clone()) for key, buffer in buffers.items()}
+        state |= {key: given[name] for key, name in first.items()}
         batch = batch if dtype is None else map_tensors(cast, batch)
         # Every context is entered in here: a recomputation during backward runs outside of any that surrounds the call.
         with lock, ExitStack() as stack:
@@ -149,8 +153,10 @@ def pure_loss(
                 stack.enter_context(exact_derivatives())
             if dtype is not None:
                 stack.enter_context(in_float64())
+            stack.callback(_put, places, {})
+            _put(places, state)
             with explained(wrapped):
-                value = functional_call(wrapped, state, (batch,), tie_weights=False)  # `state` has every name
+                value = wrapped(batch)
         for name, leaf in given.items():
             if leaf._version != versions[name] or not (proven or _same_values(leaf, originals[name])):
                 raise DerivativeError(
@@ -165,6 +171,15 @@ def pure_loss(
 
 
 _SEEDING = threading.RLock()
+
+
+def _put(places: list[tuple[dict, str, Tensor]], state: dict[int, Tensor]) -> None:
+    """Put tensors in the place of a module's own, which `state` knows by identity; those that it lacks, back.
+
+    As `torch.func.functional_call`, but for ties, which `state` has resolved, and for its cost on every call.
+    """
+    for store, key, leaf in places:
+        store[key] = state.get(id(leaf), leaf)
 
 
 def _address(leaf: Tensor) -> int:
@@ -185,7 +200,7 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 
 
 class _LossModule(nn.Module):
-    """Puts the whole loss under `functional_call`, so that `loss_fn` may use any method of the model."""
+    """Model and loss as one module, so that `loss_fn` may be a module with buffers too."""
 
     def __init__(self, model: nn.Module, loss_fn: UserLoss) -> None:
         super().__init__()
