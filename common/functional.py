@@ -101,9 +101,9 @@ def pure_loss(
         raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
     wrapped = _LossModule(_structural_copy(model), loss_fn)
     _set_modes(wrapped.model, batch_norm, dropout=seed is not None)
-    own = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     memory = {_address(leaf) for leaf in own.values()} - {0}
-    first = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
     # every name of every parameter, those of a tied one leading to its first
     names = {name: first[id(leaf)] for name, leaf in model.named_parameters(remove_duplicate=False)}
     # where the copy keeps its tensors: parameters by their first names, buffers by themselves
@@ -160,7 +160,7 @@ def pure_loss(
         for name, leaf in given.items():
             if leaf._version != versions[name] or not (proven or _same_values(leaf, originals[name])):
                 raise DerivativeError(
-                    f"pure_loss: a forward pass must leave parameters as they are, but {name.removeprefix('model.')!r} "
+                    f"pure_loss: a forward pass must leave parameters as they are, but {name!r} "
                     "is changed in place. Likely causes: weights clipped or renormalised in `forward`, or an embedding "
                     "with `max_norm`. Do it outside of the model, or by torch.nn.utils.parametrize."
                 )
