@@ -1,4 +1,4 @@
-"""Strictness for every test: float64, warnings as errors (pyproject.toml), one seeded generator."""
+"""Strictness for every test: float64, warnings as errors (pyproject.toml), seeded weights, one seeded generator."""
 
 import os
 from pathlib import Path
@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _float64():
+def _float64_and_seeded():
     torch.set_num_threads(1)  # one a worker: two workers with two threads each would wait for one another
     torch.set_default_dtype(torch.float64)
-    yield
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)  # layers that a test builds have the same weights in every run; not a generator's seed
+        yield
     torch.set_default_dtype(torch.float32)
 
 
