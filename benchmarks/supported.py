@@ -49,7 +49,7 @@ class Row:
 
 
 def verdict(check: Check) -> str:
-    if check.error != check.error:
+    if check.refused:
         return "✗"
     if not check.agrees:
         return "WRONG"

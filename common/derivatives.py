@@ -183,15 +183,16 @@ def group_gradients(
         )
     if mode == "vmap":
         return _vmapped(loss, params, batch, groups, chunk_size)
-    failed = False
-    if mode == "auto" and equal and len(groups) > 1 and not _is_known(loss):
+    underlying, failed = _underlying(loss), False
+    is_known = isinstance(underlying, Hashable) and underlying in _UNMAPPABLE
+    if mode == "auto" and equal and len(groups) > 1 and not is_known:
         try:
             return _vmapped(loss, params, batch, groups, chunk_size)
         except RuntimeError:  # no batching rule, or control flow on data; what else is wrong the loop raises again
             failed = True
     by_loop = _stacked([gradient(loss, params, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
-    if failed:
-        _remember(loss)
+    if failed and isinstance(underlying, FunctionType):  # what pure_loss makes; others may not take a weak reference
+        _UNMAPPABLE.add(underlying)
     return by_loop
 
 
@@ -212,17 +213,9 @@ def _plain(group: Group, length: int) -> Group:
 _UNMAPPABLE: WeakSet[Callable] = WeakSet()
 
 
-def _is_known(loss: Callable) -> bool:
-    while isinstance(loss, partial):
-        loss = loss.func
-    return isinstance(loss, Hashable) and loss in _UNMAPPABLE
-
-
-def _remember(loss: Callable) -> None:
-    while isinstance(loss, partial):  # a seed a step, say
-        loss = loss.func
-    if isinstance(loss, FunctionType):  # what pure_loss makes; other callables may not take a weak reference
-        _UNMAPPABLE.add(loss)
+def _underlying(loss: Callable) -> Callable:
+    """The loss without what `partial` has fixed of it: a seed a step, say."""
+    return _underlying(loss.func) if isinstance(loss, partial) else loss
 
 
 def _stacked(trees: list[Params]) -> Params:

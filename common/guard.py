@@ -9,6 +9,7 @@ automatic differentiation, and from differences of the quantity one order lower,
     Σ_k ⟨g_k, v⟩²              →  its own gradient   through per-example gradients g_k, as NIO differentiates them
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,11 @@ class Check:
     def agrees(self) -> bool:
         return self.error <= self.tolerance  # False for NaN
 
+    @property
+    def refused(self) -> bool:
+        """Whether nothing could be computed."""
+        return math.isnan(self.error)
+
 
 @dataclass(frozen=True)
 class DerivativeReport:
@@ -92,8 +98,8 @@ class DerivativeReport:
         width = max(map(len, self.checks))
         lines = [f"{'derivative':{width}}  relative error"]
         for name, check in self.checks.items():
-            verdict = "right" if check.agrees else "refused" if check.error != check.error else "WRONG"
-            number = "–" if check.error != check.error else f"{check.error:.1e}"
+            verdict = "right" if check.agrees else "refused" if check.refused else "WRONG"
+            number = "–" if check.refused else f"{check.error:.1e}"
             if check.note == _NOT_EXAMINED:
                 verdict = number = "–"
             lines.append(f"{name:{width}}  {number:>7}  {verdict:7}  {check.note}".rstrip())
@@ -221,9 +227,8 @@ class _Problem:
         self.loss, self.theta, self.batch, self.group_size = loss, theta, batch, group_size
         self.v, self.w = (_direction(theta, generator) for _ in range(2))
         self.good_step = _STEPS[0]
-        self.differences: dict[
-            tuple[str, float], tuple[tuple[float, float], float]
-        ] = {}  # already taken, with their round-off
+        # already taken: by quantity and step, two estimates of the slope and the size of the values
+        self.differences: dict[tuple[str, float], tuple[tuple[float, float], float]] = {}
 
     # what is differenced: each a function of the step along w
     def values(self, which: str, step: float) -> float:
@@ -254,7 +259,7 @@ class _Problem:
     def check(self, quantity: str, tolerance: float) -> Check:
         try:
             return _CHECKS[quantity](self, tolerance)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, ValueError) as error:  # refused: the report says why
             return Check(float("nan"), tolerance, _in_short(error))
 
     def gradient(self, tolerance: float) -> Check:
@@ -359,7 +364,7 @@ def _required(theta: Params) -> Params:
 
 
 def _badness(check: Check) -> float:
-    return check.error if check.error == check.error else float("inf")
+    return math.inf if check.refused else check.error
 
 
 def _in_short(error: Exception, *, mapped: bool = False) -> str:
@@ -467,18 +472,17 @@ def _examine(
             theta | {"shift of inputs": torch.ones((), dtype=torch.float64, device=_device_of(call))},
             (call, noises),
             generator,
-            group_size=2 if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()) else 1,
+            group_size=2 if uses_batch_statistics(module, "batch") else 1,
         )
         problem.values("loss", 0.0)
-    except Exception:
+    except Exception:  # a module that cannot be called by itself is not examined: what contains it is
         return {}
     found = {}
     for quantity in quantities:
         check = problem.check(quantity, tolerance)
         if not check.agrees:
-            refused = check.error != check.error
             said = check.note.split("): ", 1)[-1]  # without the module's own name
-            found[quantity] = said if refused else f"differs from finite differences by {check.error:.1e}"
+            found[quantity] = said if check.refused else f"differs from finite differences by {check.error:.1e}"
     return found
 
 

@@ -24,6 +24,7 @@ from common.derivatives import (
     taped_gradient,
 )
 from common.functional import parameters_of, pure_loss
+from tests.common.functions import Cube
 
 
 class Attend(nn.Module):
@@ -256,27 +257,9 @@ def test_products_are_differentiable_in_either_mode(mode):
         assert_close((third[name] * vector[name]).sum(), difference, rtol=1e-5, atol=1e-7)
 
 
-class NoForward(torch.autograd.Function):
-    """x³ without a forward-mode formula."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, h):
-        return 3 * ctx.saved_tensors[0] ** 2 * h
-
-
 def test_forward_mode_falls_back_to_reverse():
     theta, v = {"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([1.0, 1.0])}
-    loss = lambda theta, _: NoForward.apply(theta["w"]).sum()
+    loss = lambda theta, _: Cube.apply(theta["w"]).sum()
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda theta: gradient(loss, theta, None), (theta,), (v,))
     assert_close(hvp(loss, theta, v, None, mode="forward")["w"], torch.tensor([6.0, -12.0]))

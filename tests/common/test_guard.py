@@ -16,6 +16,7 @@ from common.functional import classification_loss
 from common.guard import QUANTITIES, Check, check_derivatives, naming_the_layer
 from common.types import DerivativeError
 from papers.metainit import metainit
+from tests.common.functions import Cube
 
 
 class Of(nn.Module):
@@ -27,24 +28,6 @@ class Of(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
-
-
-class Cube(Function):
-    """x³, right to every order."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, h):
-        return 3 * ctx.saved_tensors[0] ** 2 * h
 
 
 class Once(Cube):
