@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -46,3 +46,22 @@ def length_of(batch: Batch, caller: str, remedy: str) -> int:
             + remedy
         )
     return lengths.pop()  # pyright: ignore[reportReturnType]
+
+
+def endless(batches: Iterable[Batch], caller: str) -> Iterator[Batch]:
+    """Goes through a collection again and again; a bare iterator only once, and then says so.
+
+    Raises:
+        ValueError: When there is no further batch.
+    """
+    count = 0
+    while True:
+        before = count
+        for batch in batches:
+            count += 1
+            yield batch
+        if count == before or isinstance(batches, Iterator):
+            raise ValueError(
+                f"{caller}: `batches` must last for every step, got {count} batches. "
+                "Pass a collection or DataLoader (gone through again and again), or fewer `steps`."
+            )

@@ -57,7 +57,14 @@ def taped_gradient(loss: PureLoss, params: Params, batch: Batch) -> tuple[Params
     return g, lambda v: tape(g, params, v)
 
 
-def tape(outputs: Tensor | Params, params: Params, cotangents: Params | None = None, *, keep: bool = True) -> Params:
+def tape(
+    outputs: Tensor | Params,
+    params: Params,
+    cotangents: Params | None = None,
+    *,
+    keep: bool = True,
+    retain: bool | None = None,
+) -> Params:
     """Σ_l ⟨cotangent_l, output_l⟩ differentiated in `params`: zeros, not None, where nothing depends on them.
 
     Args:
@@ -65,6 +72,7 @@ def tape(outputs: Tensor | Params, params: Params, cotangents: Params | None = N
         params: Tensors that `outputs` were computed from.
         cotangents: By the names of `outputs`.
         keep: Whether the result is to be differentiated itself.
+        retain: Whether the tape of `outputs` is to be read again, which `keep` implies.
     """
     named = {"": outputs} if isinstance(outputs, Tensor) else outputs
     live = [name for name, leaf in named.items() if leaf.requires_grad]  # linear in θ: nothing to differentiate
@@ -75,6 +83,7 @@ def tape(outputs: Tensor | Params, params: Params, cotangents: Params | None = N
         list(params.values()),
         None if cotangents is None else [cotangents[name] for name in live],
         create_graph=keep,
+        retain_graph=keep if retain is None else retain,
         materialize_grads=True,
     )
     return dict(zip(params, gradients, strict=True))

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -446,17 +446,40 @@ _REPLACEMENTS: dict[Callable, Callable] = {
 }
 
 
+# What torch differentiates right up to the second order in reverse mode, and faster than primitives are.
+_RIGHT_TO_SECOND = {
+    F.layer_norm,
+    torch.layer_norm,
+    F.batch_norm,
+    torch.batch_norm,
+    F.instance_norm,
+    torch.instance_norm,
+}
+_OF_ORDER: dict[int, dict[Callable, Callable]] = {
+    2: {native: ours for native, ours in _REPLACEMENTS.items() if native not in _RIGHT_TO_SECOND},
+    3: _REPLACEMENTS,
+}
+
+
 class _Exact(TorchFunctionMode):
+    def __init__(self, replacements: dict[Callable, Callable]) -> None:
+        super().__init__()
+        self.replacements = replacements
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))  # pyright: ignore[reportOptionalCall]
+        return self.replacements.get(func, func)(*args, **(kwargs or {}))  # pyright: ignore[reportOptionalCall]
 
 
 @contextmanager
-def exact_derivatives() -> Iterator[None]:
+def exact_derivatives(order: Literal[2, 3] = 3) -> Iterator[None]:
     """A context in which derivatives of every order, forward, reverse or under vmap, are right.
 
     Enter it *inside* the function that is differentiated (`common.functional.pure_loss` does): a recomputation during
     backward runs outside any context that surrounds the call.
+
+    Args:
+        order: 3 for any order and mode. 2 for at most two reverse-mode derivatives (no vmap, no forward mode), for
+            which layer, batch and instance norm may stay torch's own, which are faster.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64, requires_grad=True)
@@ -465,5 +488,5 @@ def exact_derivatives() -> Iterator[None]:
         >>> torch.allclose(y, torch.nn.functional.layer_norm(x, (3,)))
         True
     """
-    with _Exact():
+    with _Exact(_OF_ORDER[order]):
         yield

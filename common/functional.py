@@ -71,6 +71,7 @@ def pure_loss(
     exact: bool = True,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
+    order: Literal[2, 3] = 3,
 ) -> PureLoss:
     """The loss as a function of parameters and batch that touches nothing but its arguments.
 
@@ -87,6 +88,7 @@ def pure_loss(
             step, `functools.partial(loss, seed=step)`.
         dtype: `torch.float64` evaluates in double precision, whatever the model's own is and whatever casts its layers
             make; parameters passed in keep their type, and so do their gradients. None: as the model is.
+        order: 2 promises at most two reverse-mode derivatives, for which `exact` may keep torch's own norms; 3: any.
 
     Raises:
         TypeError: The model is wrapped, quantised, or not yet initialised (lazy).
@@ -150,7 +152,7 @@ def pure_loss(
                 for index in devices:
                     torch.cuda.default_generators[index].manual_seed(seed)
             if exact:
-                stack.enter_context(exact_derivatives())
+                stack.enter_context(exact_derivatives(order))
             if dtype is not None:
                 stack.enter_context(in_float64())
             stack.callback(_put, places, {})

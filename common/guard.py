@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,7 @@ def naming_the_layer(
     *,
     batch_norm: BatchNormMode = "batch",
     exact: bool = True,
+    order: Literal[2, 3] = 3,
 ) -> Iterator[None]:
     """Where a derivative that torch lacks ends an initialiser, say which layer lacks it, and what to do.
 
@@ -206,7 +208,7 @@ def naming_the_layer(
         if meaning is None or isinstance(error, DerivativeError):
             raise
         make_loss = partial(pure_loss, batch_norm=batch_norm, exact=exact, dtype=torch.float64)
-        faults = _faults(model, loss_fn, batch, make_loss, ["third order"], 1e-5)
+        faults = _faults(model, loss_fn, batch, make_loss, [_OF_ORDER[order]], 1e-5)
         where = "; ".join(faults) or "The loss function, or the code between layers"
         raise DerivativeError(
             f"{caller}: {where}: {meaning}. The model is unchanged. Torch says: {_torch_says(error)}"
@@ -214,6 +216,7 @@ def naming_the_layer(
 
 
 # ---------------------------------------------------------------------------------------------- one loss, all orders
+_OF_ORDER = {2: "Hessian-vector product", 3: "third order"}
 _NOT_EXAMINED = "not examined: the batch cannot be split into groups of examples"
 _STEPS = (1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 

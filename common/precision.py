@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from common.types import Params
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
@@ -32,6 +34,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
+
+
+def check_precision(params: Params, caller: str) -> None:
+    """Higher derivatives need the digits of float32 at least.
+
+    Raises:
+        ValueError: A parameter in a shorter type.
+    """
+    for name, leaf in params.items():
+        if leaf.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{caller}: parameters must be float32 or float64, got {leaf.dtype} for {name!r}. "
+                "Initialise in float32 and convert afterwards: higher derivatives need the digits."
+            )
 
 
 class in_float64(TorchFunctionMode):  # noqa: N801 (a context manager reads like a function)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from common.batches import endless
 from common.functional import (
     BatchNormMode,
     check_bare,
@@ -31,7 +32,7 @@ from common.functional import (
     uses_batch_statistics,
 )
 from common.guard import naming_the_layer
-from common.precision import full_precision
+from common.precision import check_precision, full_precision
 from common.tree import tree_dots, tree_norms
 from common.types import Batch, InitResult, NotFiniteError, Params, UserLoss
 from papers.metainit.objective import Form, meta_gradient
@@ -226,19 +227,14 @@ def metainit(
             f"got none{': ' + '; '.join(f'{name}, {why}' for name, why in skipped.items()) if skipped else ''}."
         )
     theta0 = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    for name, leaf in theta0.items():
-        if leaf.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"metainit: parameters must be float32 or float64, got {leaf.dtype} for {name!r}. "
-                "Initialise in float32 and convert afterwards: third derivatives need the digits."
-            )
+    check_precision(theta0, "metainit")
     device = theta0[tuned[0]].device
     cuda_devices = [device] if device.type == "cuda" else []
     with full_precision(device), torch.random.fork_rng(cuda_devices):  # a DataLoader draws from the global generator
         classes = None
         if batches is None:
             batches = _default_noise(model, loss_fn, input_shape, num_classes, batch_size, generator, batch_norm)
-        stream = _endless(batches)
+        stream = endless(batches, "metainit")
         first = next(stream)
         check_first_batch(model, loss_fn, first, "metainit", batch_norm=batch_norm, exact=exact)
         if loss_fn is classification_loss:
@@ -326,21 +322,6 @@ def _to_host(step: int, metrics: dict[str, Tensor], slopes: Tensor, tuned: list[
             "this precision (start from smaller weights, or use float64). The model is unchanged."
         )
     return {"step": float(step)} | entry
-
-
-def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Goes through a collection again and again; a bare iterator only once, and then says so."""
-    count = 0
-    while True:
-        before = count
-        for batch in batches:
-            count += 1
-            yield batch
-        if count == before or isinstance(batches, Iterator):
-            raise ValueError(
-                f"metainit: `batches` must last for every step, got {count} batches. "
-                "Pass a collection or DataLoader (gone through again and again), or fewer `steps`."
-            )
 
 
 def _default_noise(

@@ -1,0 +1,351 @@
+r"""GradInit: one multiplier a tensor, learned by descent on the loss after one step of the training to come.
+
+Letters: theta0 θ₀ the drawn parameters, m their multipliers, S and S̃ two minibatches, g the gradient on S, d = ∂/∂m.
+
+Source: Zhu et al., NeurIPS 2021, Algorithm 1, and its released code.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from itertools import islice
+from numbers import Integral
+from typing import Literal
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from common.functional import (
+    BatchNormMode,
+    check_bare,
+    check_devices,
+    check_first_batch,
+    check_labels,
+    classification_loss,
+    load_parameters_,
+    logits_of,
+    parameters_of,
+    pure_loss,
+)
+from common.guard import naming_the_layer
+from common.precision import check_precision, full_precision
+from common.scales import Bounds, Branch, Patterns, RescaleAdam, bounds_of, check_patterns, kinds_of, scalable_tensors
+from common.types import Batch, InitResult, NotFiniteError, Params, UserLoss
+from papers.gradinit.batching import Pairs, batch_pairs
+from papers.gradinit.objective import Engine, LookAhead, Norm, Step, scale_gradients
+
+Variant = Literal["paper", "released"]
+_STEPS = ("normalized_sgd", "sgd", "adam")
+
+
+def gradinit(
+    model: nn.Module,
+    loss_fn: UserLoss = classification_loss,
+    batches: Iterable[Batch] | None = None,
+    *,
+    step: Step = "normalized_sgd",
+    eta: float = 0.1,
+    gamma: float = 1.0,
+    steps: int = 390,
+    lr: float = 1e-2,
+    min_scale: float = 0.01,
+    bounds: Bounds | None = None,
+    clip: float | None = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    shared_second_moment: bool = True,
+    exact: bool = False,
+    norm: Norm | None = None,
+    engine: Engine = "lazy",
+    pairs: Pairs = "halves",
+    include: Patterns = ("*",),
+    exclude: Patterns = (),
+    variant: Variant = "paper",
+    batch_norm: BatchNormMode = "batch",
+    exact_kernels: bool = True,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    progress: bool = True,
+) -> InitResult:
+    r"""Rescale every tensor of `model` so that one step of its training lowers the loss most.
+
+    Repeats Algorithm 1: draw S; where ‖∇L(S; θ)‖ > γ, descend on that norm; else draw S̃ and descend on
+    L(S̃; θ − η A[∇L(S; θ)]); in both cases by `RescaleAdam` on the multipliers m of θ = m ⊙ θ₀. The defaults are those
+    common to the released CIFAR-10 runs; `lr` is tuned there for each network, between 1e-3 and 1e-1.
+
+    For training by Adam: `step="adam"` and a γ for the ℓ1 norm with η γ of about 1 (the released translation run: η 1e-3,
+    γ 1000, `clip=None`, `shared_second_moment=False`, `pairs="thirds"`).
+
+    The model's parameters are written once, at the end; buffers, modes and the global random state stay as they were;
+    on any error the model is bit-identical to what was passed in.
+
+    Args:
+        model: Any bare `nn.Module`. Every trainable tensor has a multiplier, a tied one once, unless its norm is zero.
+        loss_fn: `loss_fn(model, batch)`, mean over examples. Cross-entropy of `model(x)` by default.
+        batches: Batches of one even size on the model's device, of which S takes one and S̃ half of another; a collection
+            is gone through again and again. Augmented as in training, as the authors' are.
+        step: A, the first step of the training to come: by name, or `gradients by name ↦ direction by name`.
+        eta: η > 0, its size.
+        gamma: γ > 0, the largest gradient norm; `float("inf")` drops the constraint.
+        steps: T ≥ 0, iterations of either kind.
+        lr: τ ≥ 0, what a multiplier moves in one iteration: |m − 1| ends below about T τ.
+        min_scale: Smallest multiplier of weights and gains; that of biases is 0.
+        bounds: (smallest, largest) by kind ("norm") or name pattern, in place of `min_scale` where it means a tensor.
+        clip: Largest |d| of one multiplier; None: no bound.
+        betas: Of RescaleAdam.
+        eps: Of RescaleAdam.
+        shared_second_moment: One second moment for both branches (the authors' vision code) or one each (translation).
+        exact: Differentiate the step as well. Ours; the authors take it for a constant.
+        norm: "l1" or "l2"; by default ℓ1 for Adam, else ℓ2.
+        engine: See `scale_gradients`.
+        pairs: How S̃ shares examples with S: see `batch_pairs`. "thirds" is for batches of changing size.
+        include: Kinds ("conv", "linear", "norm", "bias", "embedding", "other") or name patterns that get a multiplier.
+        exclude: Those that get none.
+        variant: "released" steps a tied weight in its first use only, and leaves a multiplier at zero once it is there.
+        batch_norm: "batch" (as the authors) or "running" statistics.
+        exact_kernels: See `common.exact`; False only to measure what it costs.
+        on_step: Called after each iteration with its entry of the history.
+        progress: Show a progress bar.
+
+    Returns:
+        `scales` (m), `history` (a dictionary an iteration: `step`, `constraint` 1 or 0, `loss` on S, `gradient_norm`,
+        `look_ahead_loss` on S̃ or NaN where it was not needed; all *before* the iteration's update) and `skipped`.
+
+    Raises:
+        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a step that is neither name nor function.
+        ValueError: An option out of range; nothing to scale; batches that do not fit the model, cannot be halved, change in
+            size or end too soon.
+        NotFiniteError: A loss or gradient that is not finite, with the step and the tensors (a ValueError too).
+        DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> batch = torch.randn(6, 4), torch.randint(3, (6,))
+        >>> result = gradinit(model, batches=[batch], steps=2, progress=False)
+        >>> sorted(result.scales)
+        ['0.bias', '0.weight', '2.bias', '2.weight']
+
+    Reference:
+        Zhu et al. 2021, Algorithm 1.
+    """
+    check_bare(model, "gradinit")
+    _check_options(step, eta, gamma, steps, lr, min_scale, clip, betas, eps, norm, engine, pairs, variant, exact, bounds)
+    if batches is None:
+        raise ValueError(
+            "gradinit: `batches` must be given, got None: the objective is the loss of real examples. "
+            "Pass a DataLoader with an even batch size."
+        )
+    check_patterns(model, (*include, *exclude, *(bounds or {})), "gradinit")
+    tuned, skipped = scalable_tensors(model, include=include, exclude=exclude)
+    if not tuned:
+        raise ValueError(
+            "gradinit: at least one trainable tensor must have a non-zero, finite norm and not be left out, got none"
+            f"{': ' + '; '.join(f'{name}, {why}' for name, why in list(skipped.items())[:5]) if skipped else ''}."
+        )
+    theta0 = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    check_precision(theta0, "gradinit")
+    device = theta0[tuned[0]].device
+    cuda_devices = [device] if device.type == "cuda" else []
+    adam = RescaleAdam(lr=lr, betas=betas, eps=eps, clip=clip, shared_second_moment=shared_second_moment)
+    with full_precision(device), torch.random.fork_rng(cuda_devices):  # a DataLoader draws from the global generator
+        m = torch.ones(len(tuned), device=device, dtype=theta0[tuned[0]].dtype)
+        lower, upper = (
+            m.new_tensor(bound) for bound in bounds_of(tuned, kinds_of(model), min_scale=min_scale, bounds=bounds)
+        )
+        state = adam.init(m)
+        loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact_kernels, order=2)
+        look_ahead = _half_stepped(model, loss_fn, batch_norm, exact_kernels) if variant == "released" else None
+        entries: list[dict[str, float | Tensor]] = []
+        classes: int | None = None
+        branch: Branch = "objective"
+        with Progress(transient=True) if progress else nullcontext() as bar:
+            task = bar.add_task("GradInit", total=steps) if bar is not None else None
+            for t, (batch, other) in enumerate(islice(batch_pairs(batches, pairs), steps), start=1):
+                if t == 1:
+                    check_first_batch(model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels)
+                    if loss_fn is classification_loss:
+                        classes = logits_of(model, batch[0], "gradinit", batch_norm).shape[1]
+                    _check_step(step, theta0)
+                _check_batch(model, batch, classes)
+                try:
+                    with naming_the_layer(
+                        model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels, order=2
+                    ):
+                        branch, d, metrics = scale_gradients(
+                            loss,
+                            theta0,
+                            dict(zip(tuned, m.unbind(), strict=True)),
+                            batch,
+                            lambda other=other: _check_batch(model, other(), classes),
+                            step=step,
+                            eta=eta,
+                            gamma=gamma,
+                            exact=exact,
+                            norm=norm,
+                            engine=engine,
+                            expected=branch,  # the last branch is a good forecast
+                            look_ahead=look_ahead,
+                        )
+                except NotFiniteError as error:
+                    raise NotFiniteError(_not_finite(t, error, m, tuned)) from error
+                if t == 1 and metrics["gradient_norm"] == 0:
+                    raise ValueError(
+                        "gradinit: the loss must depend on the model's parameters, got a gradient that is zero everywhere. "
+                        "Likely cause: `loss_fn` uses another model than the one it is given. The model is unchanged."
+                    )
+                moved, state = adam.update(m, torch.stack(list(d.values())), branch, state, lower=lower, upper=upper)
+                m = torch.where(m == 0, m, moved) if variant == "released" else moved
+                entries.append(
+                    {
+                        "step": float(t),
+                        "constraint": float(branch == "constraint"),
+                        "loss": metrics["loss"].item(),
+                        "gradient_norm": metrics["gradient_norm"].item(),
+                        "look_ahead_loss": metrics.get("look_ahead_loss", math.nan),  # stays on its device until the end
+                    }
+                )
+                if on_step is not None:
+                    on_step(_plain(entries[-1:])[0])
+                if bar is not None and task is not None:
+                    shown = f"GradInit  loss {entries[-1]['loss']:.3g}, gradient norm {entries[-1]['gradient_norm']:.3g}"
+                    bar.update(task, advance=1, description=shown)
+
+        scales = dict(zip(tuned, m.tolist(), strict=True))
+        if broken := [name for name, scale in scales.items() if not math.isfinite(scale)]:
+            raise NotFiniteError(
+                f"gradinit: every multiplier must end finite, got another for {', '.join(broken[:3])} after the last step. "
+                "Likely cause: a second derivative that overflows (start from smaller weights, or use float64). "
+                "The model is unchanged."
+            )
+        multipliers = dict(zip(tuned, m.unbind(), strict=True))
+        load_parameters_(model, {name: multipliers[name] * theta0[name] for name in tuned})
+    return InitResult(scales, _plain(entries), skipped)
+
+
+# ---------------------------------------------------------------------------------------------- its small parts
+def _plain(entries: list[dict[str, float | Tensor]]) -> list[dict[str, float]]:
+    """All numbers that are still on the device, in one transfer."""
+    waiting = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(waiting).tolist() if waiting else [])
+    return [{key: next(numbers) if isinstance(v, Tensor) else v for key, v in entry.items()} for entry in entries]
+
+
+def _not_finite(t: int, error: NotFiniteError, m: Tensor, tuned: list[str]) -> str:
+    """What went wrong at step t: its own numbers, or the multipliers that the step before left."""
+    if broken := [name for name, scale in zip(tuned, m.tolist(), strict=True) if not math.isfinite(scale)]:
+        return (
+            f"gradinit: the gradient of every multiplier must be finite, got another at step {t - 1} for "
+            f"{', '.join(broken[:3])}{' and others' if len(broken) > 3 else ''}. Likely cause: a look-ahead step or a second "
+            "derivative that overflows (a smaller `eta` or weights, or float64). The model is unchanged."
+        )
+    return (
+        f"gradinit: at step {t}: {str(error).split(': ', 1)[-1]} Likely causes: activations that overflow (start from smaller "
+        "weights, a smaller `lr`, or float64), or a batch that holds NaN. The model is unchanged."
+    )
+
+
+def _check_batch(model: nn.Module, batch: Batch, classes: int | None) -> Batch:
+    check_devices(model, batch, "gradinit")
+    # On a GPU labels are checked at the first step alone: each check waits for the device.
+    if classes is not None and batch[1].device.type == "cpu":
+        check_labels(batch[1], classes, "gradinit")
+    return batch
+
+
+def _half_stepped(
+    model: nn.Module, loss_fn: UserLoss, batch_norm: BatchNormMode, exact_kernels: bool
+) -> LookAhead | None:
+    """The released look-ahead loss: a tied weight is stepped where it is used first, and not in its other uses."""
+    untied = copy.deepcopy(model)
+    first = {id(parameter): name for name, parameter in untied.named_parameters()}
+    others = {
+        name: first[id(parameter)]
+        for name, parameter in untied.named_parameters(remove_duplicate=False)
+        if first[id(parameter)] != name
+    }
+    if not others:
+        return None
+    for name in others:
+        path, _, own = name.rpartition(".")
+        owner = untied.get_submodule(path)
+        setattr(owner, own, nn.Parameter(owner.get_parameter(own).detach().clone()))
+    loss = pure_loss(untied, loss_fn, batch_norm=batch_norm, exact=exact_kernels, order=2)
+
+    def look_ahead(stepped: Params, theta: Params, batch: Batch) -> Tensor:
+        return loss(stepped | {name: theta[tied_to] for name, tied_to in others.items() if tied_to in theta}, batch)
+
+    return look_ahead
+
+
+def _check_step(step: Step, theta0: Params) -> None:
+    """A user's step is tried once, on a gradient of the parameters' own values."""
+    if not callable(step):
+        return
+    direction = step({name: leaf.clone() for name, leaf in theta0.items()})
+    if not isinstance(direction, dict) or {k: v.shape for k, v in direction.items()} != {
+        k: v.shape for k, v in theta0.items()
+    }:
+        raise ValueError(
+            "gradinit: a function for `step` must map a gradient {name: tensor} to a direction with the same names and "
+            f"shapes, got {type(direction).__name__}"
+            f"{' with other names or shapes' if isinstance(direction, dict) else ''}."
+        )
+
+
+def _check_options(
+    step: object,
+    eta: float,
+    gamma: float,
+    steps: int,
+    lr: float,
+    min_scale: float,
+    clip: float | None,
+    betas: tuple[float, float],
+    eps: float,
+    norm: str | None,
+    engine: str,
+    pairs: str,
+    variant: str,
+    exact: bool,
+    bounds: Bounds | None,
+) -> None:
+    if not callable(step):
+        if not isinstance(step, str):
+            raise TypeError(f"gradinit: `step` must be a name or a function, got {type(step).__name__}.")
+        _check_choice("step", step, _STEPS, " Or pass a function from gradients to a direction.")
+    _check_choice("norm", norm, (None, "l1", "l2"))
+    _check_choice("engine", engine, ("nested", "lazy", "finite_difference"))
+    _check_choice("pairs", pairs, ("halves", "thirds", "disjoint"))
+    _check_choice("variant", variant, ("paper", "released"))
+    if not gamma > 0:
+        raise ValueError(
+            f"gradinit: `gamma` (the gradient-norm bound γ) must be positive, got {gamma}. "
+            "Pass float('inf') to drop the constraint."
+        )
+    if not isinstance(steps, Integral) or steps < 0:
+        raise ValueError(f"gradinit: `steps` must be a whole number, 0 or more, got {steps}.")
+    for name, value in {"eta": eta, "eps": eps}.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"gradinit: `{name}` must be positive and finite, got {value}.")
+    if not (lr >= 0 and math.isfinite(lr)):
+        raise ValueError(f"gradinit: `lr` must be finite, 0 or more, got {lr}.")
+    if not 0 <= min_scale <= 1:
+        raise ValueError(f"gradinit: `min_scale` must lie in [0, 1], got {min_scale}: multipliers start at 1.")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"gradinit: `clip` must be positive, got {clip}. Pass None for no bound.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"gradinit: `betas` must lie in [0, 1), got {betas}.")
+    for pattern, (low, high) in (bounds or {}).items():
+        if not 0 <= low <= 1 <= high:
+            raise ValueError(
+                f"gradinit: `bounds` must be pairs (smallest, largest) with 0 ≤ smallest ≤ 1 ≤ largest, got ({low}, {high}) "
+                f"for {pattern!r}."
+            )
+    if exact and variant == "released":
+        raise ValueError("gradinit: `exact` is not part of the released code, got both. Leave variant='paper'.")
+
+
+def _check_choice(name: str, value: str | None, choices: tuple, remedy: str = "") -> None:
+    if value not in choices:
+        raise ValueError(f"gradinit: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{remedy}")

@@ -1,0 +1,114 @@
+"""S and S̃: two minibatches of which half the examples are the same.
+
+The released vision code draws half-batches A, B, C in turn from one shuffled stream: S = A ∪ B, S̃ = A ∪ C (`"halves"`), or
+afresh, S̃ = A' ∪ C (`"disjoint"`). The translation code, whose batches differ in length, cuts each batch in three:
+S = [0, 2q), S̃ = [q, N) with q = ⌊N/3⌋ (`"thirds"`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+
+from common.batches import endless, length_of, map_tensors, tensors_of
+from common.types import Batch
+
+Pairs = Literal["halves", "thirds", "disjoint"]
+Pair = tuple[Batch, Callable[[], Batch]]
+"""S, and a function that draws S̃: only an iteration that needs it uses up its examples."""
+
+
+def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[Pair]:
+    """Pairs (S, S̃) without end from batches of n examples.
+
+    A collection is gone through again and again. With `"halves"` and `"disjoint"` batches must be of one even size, of
+    which a pass's last may fall short: it sits that pass out. An iteration uses n examples for S, and for S̃ n/2 more with
+    `"halves"`, n with `"disjoint"`; `"thirds"` uses one batch for both, of any size from three on.
+
+    Args:
+        batches: Any nesting of tensors, examples along dimension 0.
+        pairs: How S̃ shares its examples with S.
+
+    Yields:
+        S, and a function that gives S̃ when called.
+
+    Raises:
+        ValueError: When iterated: an odd, changing or too small size, tensors that cannot be joined, or a stream that ends.
+
+    Example:
+        >>> S, other = next(batch_pairs([torch.arange(4), torch.arange(4, 8)]))
+        >>> S, other()
+        (tensor([0, 1, 2, 3]), tensor([0, 1, 4, 5]))
+    """
+    if pairs == "thirds":
+        for batch in endless(batches, "gradinit"):
+            N = _length(batch)
+            if N < 3:
+                raise ValueError(
+                    f"gradinit: pairs='thirds' needs batches of at least 3 examples, got {N}. Use larger batches."
+                )
+            q = N // 3
+            yield _part(batch, 0, 2 * q), lambda batch=batch, q=q, N=N: _part(batch, q, N)
+    stream = _halves(endless(_of_one_size(batches), "gradinit"))
+    for A in stream:
+
+        def other(A: Batch = A) -> Batch:
+            return _join(A if pairs == "halves" else next(stream), next(stream))
+
+        yield _join(A, next(stream)), other
+
+
+class _of_one_size:  # noqa: N801 - a generator that can be gone through again
+    """Batches of the first one's size. A pass's last batch may fall short and is left out."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches, self.size = batches, None
+
+    def __iter__(self) -> Iterator[Batch]:
+        short: int | None = None
+        for batch in self.batches:
+            length = _length(batch)
+            if self.size is None:
+                if length < 2 or length % 2:
+                    raise ValueError(
+                        f"gradinit: batches must hold an even number of examples, 2 or more, got {length}: S̃ shares half of "
+                        "S. Use an even batch size, or pairs='thirds' (3 or more)."
+                    )
+                self.size = length
+            if short is not None or length > self.size:
+                raise ValueError(
+                    f"gradinit: batches must be of one size, got {short or length} examples after {self.size}; only a "
+                    "pass's last may fall short. Use drop_last=True, or pairs='thirds' for batches of changing size."
+                )
+            if length < self.size:
+                short = length
+                continue
+            yield batch
+
+
+def _halves(batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        n = _length(batch)
+        yield _part(batch, 0, n // 2)
+        yield _part(batch, n // 2, n)
+
+
+def _length(batch: Batch) -> int:
+    return length_of(batch, "gradinit", "A batch must hold tensors whose examples lie along dimension 0.")
+
+
+def _part(batch: Batch, start: int, end: int) -> Batch:
+    return map_tensors(lambda leaf: leaf[start:end], batch)
+
+
+def _join(a: Batch, b: Batch) -> Batch:
+    """Example after example; whatever is no tensor is the first's."""
+    ours, theirs = tensors_of(a), tensors_of(b)
+    if [leaf.shape[1:] for leaf in ours] != [leaf.shape[1:] for leaf in theirs]:
+        raise ValueError(
+            "gradinit: batches must be alike to be joined, got tensors of shapes "
+            f"{[tuple(leaf.shape) for leaf in ours]} and {[tuple(leaf.shape) for leaf in theirs]}. Pad them to one length, "
+            "or use pairs='thirds', which cuts each batch by itself."
+        )
+    remaining = iter(theirs)
+    return map_tensors(lambda leaf: torch.cat([leaf, next(remaining)]), a)
