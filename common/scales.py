@@ -1,7 +1,7 @@
 r"""θ = m ⊙ θ₀: every tensor keeps the direction it was drawn with, and its size is one multiplier to be learned.
 
-θ₀ is never touched: θ is formed from it anew at each step, so that no rounding builds up in the direction and a multiplier
-that reaches zero can leave it again.
+θ₀ is never touched: θ is formed from it anew at each step, so that no rounding builds up in the direction, and a
+multiplier that reaches zero can leave it again.
 
 Letters: m multipliers, d = ∂F/∂m, k step counts, mu and nu first and second moments, beta their decay, lr τ.
 
@@ -57,7 +57,9 @@ def _kind_of(module: nn.Module) -> Kind:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     # Conv1D: the transposed linear layer of transformers' GPT-2
-    return "linear" if isinstance(module, (nn.Linear, nn.Bilinear, nn.MultiheadAttention)) or name == "conv1d" else "other"
+    return (
+        "linear" if isinstance(module, (nn.Linear, nn.Bilinear, nn.MultiheadAttention)) or name == "conv1d" else "other"
+    )
 
 
 def matches(name: str, kind: str, patterns: Iterable[str]) -> bool:
@@ -70,8 +72,8 @@ def scalable_tensors(
 ) -> tuple[list[str], dict[str, str]]:
     """Names of the tensors that get a multiplier, and those that get none with the reason.
 
-    Every trainable tensor does, whatever its kind and shape, unless a pattern leaves it out. One whose norm is zero (a bias
-    or gain that starts there) or not finite has no direction to keep, and stays as it is.
+    Every trainable tensor does, whatever its kind and shape, unless a pattern leaves it out. One whose norm is zero (a
+    bias or gain that starts there) or not finite has no direction to keep, and stays as it is.
 
     Raises:
         ValueError: A pattern that means no parameter.
@@ -99,7 +101,7 @@ def check_patterns(model: nn.Module, patterns: Patterns, caller: str) -> None:
         if pattern != "*" and not any(matches(name, kind, [pattern]) for name, kind in kinds.items()):
             raise ValueError(
                 f"{caller}: a pattern must mean at least one parameter, got {pattern!r}. Patterns are a kind "
-                f"({', '.join(sorted(set(kinds.values())))}) or names with wildcards, such as {next(iter(kinds), '*')!r}."
+                f"({', '.join(sorted(set(kinds.values())))}) or names with wildcards, as {next(iter(kinds), '*')!r}."
             )
 
 
@@ -125,9 +127,9 @@ def bounds_of(
 class RescaleState(NamedTuple):
     """Moments and step counts, by branch; a second moment that both share stands under both names."""
 
-    mu: dict[Branch, Float[Tensor, "tensors"]]
-    nu: dict[Branch, Float[Tensor, "tensors"]]
-    k: dict[Branch, int]
+    mu: dict[str, Float[Tensor, "tensors"]]
+    nu: dict[str, Float[Tensor, "tensors"]]
+    k: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +190,6 @@ class RescaleAdam:
         K = sum(k.values()) if self.shared_second_moment else k[branch]
         m = m - self.lr / (1 - beta1 ** k[branch]) * mu / ((nu / (1 - beta2**K)).sqrt() + self.eps)
         lower, upper = (torch.as_tensor(bound, dtype=m.dtype, device=m.device) for bound in (lower, upper))
-        seen: list[Branch] = ["objective", "constraint"] if self.shared_second_moment else [branch]
+        seen = ["objective", "constraint"] if self.shared_second_moment else [branch]
         state = RescaleState(state.mu | {branch: mu}, state.nu | dict.fromkeys(seen, nu), k)
         return torch.minimum(torch.maximum(m, lower), upper), state

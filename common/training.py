@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,23 @@ class TrainingConfig:
     momentum: float = 0.9
     """Heavy-ball momentum, not Nesterov."""
     weight_decay: float = 1e-4
-    """Coupled L2 penalty, on every parameter."""
+    """Coupled L2 penalty (decoupled for `adamw`), on every parameter but those of `no_decay`."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Update rule."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's moments."""
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """What follows the warm-up: a cosine or a line to zero, nothing, or √(W/t) after W warm-up steps (1 without)."""
+    no_decay: tuple[str, ...] = ()
+    """Name patterns (fnmatch) of parameters without weight decay."""
+    lr_factors: tuple[tuple[str, float], ...] = ()
+    """(name pattern, factor) of parameters with a learning rate of their own; the first that fits counts."""
     warmup: float = 0.0
     """Share of all iterations over which the learning rate rises linearly from zero."""
     clip_norm: float | None = None
     """Bound on the gradient's global norm."""
+    diverged_above: float | None = None
+    """A mean training loss of an epoch above it counts as diverged, as one that is not finite does."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of forward and backward (autocast); parameters stay float32."""
     channels_last: bool = False
@@ -56,11 +69,37 @@ class TrainingResult:
 
 
 def learning_rate_at(step: int, total: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to zero, by iteration: lr · min(1, (t+1)/W) · ½ (1 + cos π p)."""
+    """Linear warm-up over W steps, then the schedule, by iteration t with p = (t − W)/(total − W).
+
+    lr · (t + 1)/W, then lr · ½ (1 + cos π p), lr · (1 − p), lr, or lr · √(max(W, 1)/(t + 1)).
+    """
     warm = round(config.warmup * total)
     if step < warm:
         return config.learning_rate * (step + 1) / warm
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    progress = (step - warm) / max(1, total - warm)
+    factor = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+        "inverse_sqrt": math.sqrt(max(warm, 1) / (step + 1)),
+    }
+    return config.learning_rate * factor[config.schedule]
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The recipe's optimiser: one group for each learning-rate factor and weight decay, `lr_factor` beside it."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        factor = next((f for pattern, f in config.lr_factors if fnmatchcase(name, pattern)), 1.0)
+        decayed = not any(fnmatchcase(name, pattern) for pattern in config.no_decay)
+        groups.setdefault((factor, config.weight_decay if decayed else 0.0), []).append(parameter)
+    parameters: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": decay, "lr_factor": factor} for (factor, decay), members in groups.items()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=config.learning_rate, betas=config.betas)
 
 
 def train(
@@ -92,9 +131,7 @@ def train(
     """
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = make_optimizer(model, config)
     history = _resume(checkpoint, model, optimizer)
     total = config.epochs * steps_per_epoch
     device = next(model.parameters()).device
@@ -105,7 +142,7 @@ def train(
         losses: list[Tensor] = []
         for step, batch in enumerate(train_batches(epoch), epoch * steps_per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, total, config)
+                group["lr"] = group["lr_factor"] * learning_rate_at(step, total, config)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = loss_fn(model, batch)
@@ -121,13 +158,18 @@ def train(
         history.append({"epoch": epoch + 1, "train_loss": train_loss, **metrics, "seconds": training_seconds})
         if on_epoch is not None:
             on_epoch(history[-1])
-        if not math.isfinite(train_loss):
+        if _has_diverged(train_loss, config):
             break
         if checkpoint is not None and epoch + 1 < config.epochs:
             _save(checkpoint, model, optimizer, history)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    return TrainingResult(history, diverged=not math.isfinite(history[-1]["train_loss"]))
+    return TrainingResult(history, diverged=_has_diverged(history[-1]["train_loss"], config))
+
+
+def _has_diverged(train_loss: float, config: TrainingConfig) -> bool:
+    bound = math.inf if config.diverged_above is None else config.diverged_above
+    return not math.isfinite(train_loss) or train_loss > bound
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ generator lives, so a CPU generator gives the same batches on a CPU and on an ac
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
@@ -41,6 +42,55 @@ def random_crop_flip(
     padded = F.pad(images, (padding, padding, padding, padding)).flatten(2)
     pixel = row[:, :, None] * (w + 2 * padding) + column[:, None, :]
     return padded.gather(2, pixel.view(b, 1, h * w).expand(b, c, h * w)).view(b, c, h, w)
+
+
+def cutout(x: Float[Tensor, "b c h w"], *, size: int, generator: torch.Generator) -> Float[Tensor, "b c h w"]:
+    """One square hole of zeros in each image, centred on any pixel, cut off at the borders (DeVries and Taylor 2017).
+
+    Args:
+        x: Normalised images, of which 0 is the mean.
+        size: Side of the hole in pixels.
+        generator: Draws the centres.
+
+    Raises:
+        ValueError: If `size` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"cutout: `size` must be at least 1 pixel, got {size}.")
+    b, _, h, w = x.shape
+
+    def covered(length: int) -> Tensor:
+        centre = _integers(length, b, generator).to(x.device)
+        first = centre[:, None] - size // 2
+        at = torch.arange(length, device=x.device)
+        return (at >= first) & (at < first + size)
+
+    hole = covered(h)[:, None, :, None] & covered(w)[:, None, None, :]
+    return x.masked_fill(hole, 0.0)
+
+
+def mixup(
+    batch: ImageBatch, num_classes: int, *, alpha: float = 1.0, generator: torch.Generator
+) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b k"]]:
+    """Each example mixed with another of the batch: λ for both images and labels, one λ ~ Beta(α, α) a batch.
+
+    Source: Zhang et al. 2018.
+
+    Returns:
+        Images, and labels as class probabilities.
+
+    Raises:
+        ValueError: If `alpha` is not positive.
+    """
+    if not alpha > 0:
+        raise ValueError(f"mixup: `alpha` must be positive, got {alpha}.")
+    x, y = batch
+    # torch's distributions take no generator
+    seed = int(_integers(2**31 - 1, 1, generator))
+    share = np.random.default_rng(seed).beta(alpha, alpha)
+    order = torch.randperm(len(y), generator=generator, device=generator.device).to(x.device)
+    p = F.one_hot(y, num_classes).to(x.dtype)
+    return share * x + (1 - share) * x[order], share * p + (1 - share) * p[order]
 
 
 def normalize(

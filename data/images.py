@@ -1,7 +1,8 @@
 """Labelled images by name: the published sets, and two that need no network."""
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -10,10 +11,48 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.parquet import read_split
-from data.sources import HUB_SETS, VARIABLE, HubSet, SourceUnavailableError, locate
+from data.sources import VARIABLE, HubSet, SourceUnavailableError, locate
 from data.splits import ImageData, ImageSplit, channel_statistics, draw_balanced, subset_note
 
 ImageName = Literal["auto", "cifar10", "cifar100", "digits", "noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet(HubSet):
+    """A labelled image set on the hub: parquet files with encoded images and class labels."""
+
+    files: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"train": ("train-*.parquet",), "test": ("test-*.parquet",)}
+    )
+    loader: str = "load_images"
+    image_column: str
+    label_column: str
+    num_classes: int
+
+
+IMAGE_SETS = {
+    wanted.name: wanted
+    for wanted in (
+        ImageSet(
+            name="cifar10",
+            title="CIFAR-10",
+            repository="uoft-cs/cifar10",
+            rows={"train": 50_000, "test": 10_000},
+            image_column="img",
+            label_column="label",
+            num_classes=10,
+        ),
+        ImageSet(
+            name="cifar100",
+            title="CIFAR-100",
+            repository="uoft-cs/cifar100",
+            rows={"train": 50_000, "test": 10_000},
+            image_column="img",
+            label_column="fine_label",
+            num_classes=100,
+        ),
+    )
+}
 
 
 def load_images(
@@ -49,9 +88,9 @@ def load_images(
         return _at_most(_digits(), train, test, seed)
     if name == "noise":
         return _at_most(_noise(seed), train, test, seed)
-    if name != "auto" and name not in HUB_SETS:
+    if name != "auto" and name not in IMAGE_SETS:
         raise ValueError(f"load_images: `name` must be one of {', '.join(get_args(ImageName))}, got {name!r}.")
-    wanted = HUB_SETS["cifar10" if name == "auto" else name]
+    wanted = IMAGE_SETS["cifar10" if name == "auto" else name]
     try:
         located = locate(wanted, data_dir)
     except SourceUnavailableError as error:
@@ -59,14 +98,14 @@ def load_images(
             return _at_most(_digits(instead_of=wanted.title, because=str(error)), train, test, seed)
         raise FileNotFoundError(
             f"load_images: '{name}' must be in a folder, in the Hugging Face cache or on the hub, got none of them. "
-            f"Tried: {error}. Pass a folder that holds {name}/train-*.parquet and {name}/test-*.parquet as `data_dir` "
+            f"Tried: {error}. Pass a folder that holds {wanted.layout()} as `data_dir` "
             f"or {VARIABLE}, connect to the network, or take 'digits' or 'auto'."
         ) from error
     parts = []
-    for files, size in ((located.train, train), (located.test, test)):
+    for split, size in (("train", train), ("test", test)):
         generator = torch.Generator().manual_seed(seed)  # one a split: which test images does not depend on `train`
         part = read_split(
-            files,
+            located.files[split],
             image_column=wanted.image_column,
             label_column=wanted.label_column,
             num_classes=wanted.num_classes,
@@ -79,7 +118,7 @@ def load_images(
             f"load_images: training and test images must have one size, got {sizes} from {located.origin}."
         )
     mean, std = channel_statistics(parts[0].split.images)
-    identity = _identity(wanted, located.origin, parts[0].encodings | parts[1].encodings, *(p.rows for p in parts))
+    identity = _identity(wanted, located.origin, parts[0].encodings | parts[1].encodings, parts[0].rows, parts[1].rows)
     if any(len(part.split) < part.rows for part in parts):
         identity += subset_note(len(parts[0].split), len(parts[1].split))
     return ImageData(
@@ -111,18 +150,15 @@ def _at_most(data: ImageData, train: int | None, test: int | None, seed: int) ->
     return replace(data, **parts, identity=data.identity + subset_note(len(parts["train"]), len(parts["test"])))
 
 
-def _identity(wanted: HubSet, origin: str, encodings: frozenset[str], train: int, test: int) -> str:
+def _identity(wanted: ImageSet, origin: str, encodings: frozenset[str], train: int, test: int) -> str:
     # both sets were published as raw pixels, so a JPEG of them has lost something
     encoding = {
         frozenset({"JPEG"}): "JPEG re-encoded: lossy",
         frozenset({"PNG"}): "PNG: lossless",
     }.get(encodings, "JPEG and PNG: partly lossy")
 
-    def count(rows: int, all_rows: int) -> str:
-        return f"{rows:,}" if rows == all_rows else f"{rows:,} (of {all_rows:,})"
-
-    rows = f"{count(train, wanted.train_rows)} train + {count(test, wanted.test_rows)} test images"
-    return f"{wanted.title} from {origin} ({encoding}), {rows}"
+    rows = wanted.count({"train": train, "test": test})
+    return f"{wanted.title} from {origin} ({encoding}), {rows} images"
 
 
 def _digits(*, instead_of: str = "", because: str = "") -> ImageData:

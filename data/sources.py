@@ -1,10 +1,10 @@
-"""Where a published image set is found: a folder, the local Hugging Face cache, the hub. Each gives parquet files."""
+"""Where a published set is found: a folder, the local Hugging Face cache, the hub. Each gives files, split by split."""
 
 import os
 import queue
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,32 +24,46 @@ PROBE_SECONDS = 5.0
 """How long the hub may take to answer once before it counts as out of reach; its own retries take half a minute."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HubSet:
-    """An image set on the hub, and what a whole copy of it holds."""
+    """A set on the hub, and what a whole copy of it holds.
+
+    Attributes:
+        name: What a user asks for, and the folder it lies in.
+        title: What a figure calls it.
+        repository: Where the hub has it.
+        revision: The branch that holds the files; None is the main one.
+        files: For each split, the patterns its files may go by, the customary one first.
+        rows: For each split, how many examples were published.
+        loader: The function that a message speaks for.
+    """
 
     name: str
     title: str
     repository: str
-    image_column: str
-    label_column: str
-    num_classes: int
-    train_rows: int
-    test_rows: int
+    revision: str | None = None
+    files: Mapping[str, tuple[str, ...]]
+    rows: Mapping[str, int]
+    loader: str
 
+    def layout(self) -> str:
+        """The files a folder must hold, for a message."""
+        *others, last = (f"{self.name}/{patterns[0]}" for patterns in self.files.values())
+        return f"{', '.join(others)} and {last}"
 
-HUB_SETS = {
-    "cifar10": HubSet("cifar10", "CIFAR-10", "uoft-cs/cifar10", "img", "label", 10, 50_000, 10_000),
-    "cifar100": HubSet("cifar100", "CIFAR-100", "uoft-cs/cifar100", "img", "fine_label", 100, 50_000, 10_000),
-}
+    def count(self, rows: Mapping[str, int]) -> str:
+        """How many rows there are of each split, and of how many where some are missing."""
+        return " + ".join(
+            f"{n:,} {split}" if n == self.rows[split] else f"{n:,} (of {self.rows[split]:,}) {split}"
+            for split, n in rows.items()
+        )
 
 
 @dataclass(frozen=True)
 class Located:
-    """The parquet files of both splits, and a phrase that says where they were found."""
+    """The files of every split, and a phrase that says where they were found."""
 
-    train: tuple[Path, ...]
-    test: tuple[Path, ...]
+    files: Mapping[str, tuple[Path, ...]]
     origin: str
 
 
@@ -82,12 +96,12 @@ def from_folder(wanted: HubSet, folder: Path, setting: str) -> Located:
     folder = folder.expanduser()
     inner = folder / wanted.name
     for candidate in (inner, folder):
-        found = _whole_splits(candidate)
+        found = _whole_splits(wanted, candidate)
         if found:
-            return Located(*found, origin=f"the local folder '{candidate.resolve().name}'")
+            return Located(found, origin=f"the local folder '{candidate.resolve().name}'")
     raise FileNotFoundError(
-        f"load_images: {setting} must hold {wanted.name}/train-*.parquet and {wanted.name}/test-*.parquet, all parts "
-        f"of both, got '{folder}' with {_contents(inner if inner.is_dir() else folder)}. Point it at the folder above "
+        f"{wanted.loader}: {setting} must hold {wanted.layout()}, all parts of each, "
+        f"got '{folder}' with {_contents(inner if inner.is_dir() else folder)}. Point it at the folder above "
         f"{wanted.name}/, or leave it unset to use the Hugging Face cache or the hub."
     )
 
@@ -99,9 +113,9 @@ def from_cache(wanted: HubSet) -> Located:
     try:
         # all snapshots, not only the one a branch names: `datasets` downloads by commit and names no branch
         for snapshot in sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
-            found = _whole_splits(snapshot)
+            found = _whole_splits(wanted, snapshot)
             if found:
-                return Located(*found, origin=f"the local cache of the hub's {wanted.repository}")
+                return Located(found, origin=f"the local cache of the hub's {wanted.repository}")
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -123,29 +137,35 @@ def from_hub(wanted: HubSet) -> Located:
             snapshot = huggingface_hub.snapshot_download(
                 wanted.repository,
                 repo_type="dataset",
-                allow_patterns=["*train-*.parquet", "*test-*.parquet"],
+                revision=wanted.revision,
+                allow_patterns=[f"*{pattern}" for patterns in wanted.files.values() for pattern in patterns],
                 endpoint=endpoint,
             )
     except Exception as error:  # whichever HTTP library the hub's client uses raises its own
         raise SourceUnavailableError(f"download failed: {type(error).__name__}") from error
-    found = _whole_splits(Path(snapshot))
+    found = _whole_splits(wanted, Path(snapshot))
     if not found:
-        raise SourceUnavailableError(f"{wanted.repository} has no train-*.parquet and test-*.parquet")
-    return Located(*found, origin=f"the hub's {wanted.repository}")
+        raise SourceUnavailableError(f"{wanted.repository} lacks whole files of {', '.join(wanted.files)}")
+    return Located(found, origin=f"the hub's {wanted.repository}")
 
 
-def _whole_splits(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]] | None:
-    """The parts of train and test that lie side by side in `folder` or one level below (a configuration's folder)."""
+def _whole_splits(wanted: HubSet, folder: Path) -> dict[str, tuple[Path, ...]] | None:
+    """The parts of every split, side by side in `folder` or one level below (a configuration's folder)."""
     if not folder.is_dir():
         return None
     for parent in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        train, test = (
-            tuple(sorted(path for path in parent.glob(f"{split}-*.parquet") if path.is_file()))
-            for split in ("train", "test")
-        )
-        if _is_whole(train) and _is_whole(test):
-            return train, test
+        found = {split: _parts(parent, patterns) for split, patterns in wanted.files.items()}
+        if all(found.values()):
+            return found
     return None
+
+
+def _parts(parent: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:
+    for pattern in patterns:
+        parts = tuple(sorted(path for path in parent.glob(pattern) if path.is_file()))
+        if _is_whole(parts):
+            return parts
+    return ()
 
 
 def _is_whole(parts: tuple[Path, ...]) -> bool:

@@ -19,15 +19,16 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common.functional import classification_loss, load_parameters_, parameters_of, pure_loss
+from common.functional import load_parameters_, parameters_of, pure_loss
 from common.networks import make_network
 from common.precision import full_precision
 from common.record import Run, device_name, open_run, write_environment
-from common.training import TrainingConfig, classification_metrics, train
+from common.training import TrainingConfig
 from common.types import Batch, NotFiniteError
-from data import ImageData, ImageSplit, epoch_batches, evaluation_batches, load_images
+from data import epoch_batches
 from papers.metainit import gradient_quotient, metainit, noise_batches
 from reproduce.command import end_well, make_progress, parse
+from reproduce.images import Splits, epochs_of, fit, prepare
 from reproduce.metainit_arms import ARMS, Arm
 from reproduce.metainit_report import best_learning_rate, print_report, save_figure, summarise
 
@@ -139,19 +140,6 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------- one unit of work
-@dataclass(frozen=True)
-class Splits:
-    """The images, on the training device."""
-
-    train: ImageSplit
-    validation: ImageSplit
-    test: ImageSplit
-    data: ImageData
-
-    def batches(self, split: ImageSplit, size: int = 1000) -> Iterator[Batch]:
-        return evaluation_batches(split, size, mean=self.data.mean, std=self.data.std)
-
-
 def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits) -> nn.Module:
     """The arm's network as it starts, before MetaInit: a function of its arguments alone."""
     options: dict[str, Any] = {"stem_stride": config.stem_stride} if network.startswith("plain") else {"skip": False}
@@ -161,8 +149,8 @@ def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits
         batch_norm=arm.batch_norm,
         num_classes=splits.data.num_classes,
         **({} if network.startswith("vgg") else options),
-    ).to(splits.train.images.device)
-    device = splits.train.images.device
+    ).to(splits.device)
+    device = splits.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
     with full_precision(device):
         arm.start(model, config.activation, next(splits.batches(splits.train, 256)), generator)
@@ -178,7 +166,7 @@ def rescaled(model: nn.Module, scales: dict[str, float]) -> nn.Module:
 
 def measure_quotient(config: Config, model: nn.Module, splits: Splits, seed: int) -> float:
     """GQ, the median over five noise batches that every arm shares; BatchNorm as it would be in training."""
-    device = splits.train.images.device
+    device = splits.device
     generator = torch.Generator().manual_seed(10_000 + seed)
     noise = noise_batches(
         shape_of(splits), splits.data.num_classes, config.noise_batch_size, generator=generator, device=device
@@ -263,45 +251,10 @@ def run_training(
             splits.train, config.batch_size, mean=splits.data.mean, std=splits.data.std, generator=generator
         )
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        validation = classification_metrics(model, splits.batches(splits.validation))
-        return classification_metrics(model, splits.batches(splits.test)) | {
-            "validation_accuracy": validation["test_accuracy"]
-        }
-
-    result = train(
-        model,
-        classification_loss,
-        train_batches,
-        evaluate,
-        steps_per_epoch=len(splits.train) // config.batch_size,
-        config=recipe,
-        checkpoint=checkpoint,
-        on_epoch=on_epoch,
-    )
-    return {"history": result.history, "diverged": result.diverged, "seconds": result.seconds}
+    return fit(model, train_batches, splits, recipe, config.batch_size, checkpoint, on_epoch)
 
 
 # ---------------------------------------------------------------------------------------------- the run
-def prepare(config: Config, device: torch.device) -> Splits:
-    """Load, hold out, take subsets: the same images for every arm and seed."""
-    held_out = config.validation_images
-    data = load_images(
-        config.data,
-        data_dir=config.data_dir,
-        train=None if config.train_images is None else config.train_images + held_out,
-        test=config.test_images,
-    )
-    if held_out + config.batch_size > len(data.train):
-        raise ValueError(
-            f"{EXPERIMENT}: `validation_images` must leave a batch of {config.batch_size} training images, got "
-            f"{held_out} of {len(data.train)}. Hold out fewer."
-        )
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    validation, train_split = (data.train.take(part) for part in order.split([held_out, len(order) - held_out]))
-    return Splits(train_split.to(device), validation.to(device), data.test.to(device), data)
-
-
 def check_config(config: Config) -> None:
     """Mistakes that would otherwise show after minutes of work."""
     counts = ("validation_images", "steps", "noise_batch_size", "seeds", "epochs", "batch_size", "stem_stride")
@@ -320,11 +273,6 @@ def check_config(config: Config) -> None:
             make_network(network, activation=config.activation)
 
 
-def epochs_of(config: Config, images: int) -> int:
-    """As many updates on a set that is smaller than asked for, such as the embedded digits."""
-    return config.epochs if config.train_images is None else round(config.epochs * config.train_images / images)
-
-
 def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
@@ -336,11 +284,20 @@ def run(config: Config) -> dict[str, Any]:
     asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
     folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
     console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
-    splits = prepare(config, device)
+    splits = prepare(
+        config.data,
+        data_dir=config.data_dir,
+        train=config.train_images,
+        validation=config.validation_images,
+        test=config.test_images,
+        batch_size=config.batch_size,
+        device=device,
+        caller=EXPERIMENT,
+    )
     write_environment(folder, splits.data.record(), device)
     console.print(f"Data: {splits.data.identity}; {len(splits.validation):,} of the training images held out.")
     console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
-    epochs = epochs_of(config, len(splits.train))
+    epochs = epochs_of(config.epochs, config.train_images, len(splits.train))
     if epochs != config.epochs:
         console.print(f"Fewer images than asked for: {epochs} epochs instead of {config.epochs}, for as many updates.")
     with make_progress(quiet=config.quiet) as progress:

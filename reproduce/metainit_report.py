@@ -1,6 +1,5 @@
 """Table, sentences and figure of `reproduce.metainit_cifar10`, from its records alone."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from rich.console import Console
 from rich.table import Table
 
-from reproduce.statistics import mean_and_deviation, paired_interval, percent
+from reproduce.statistics import compare, conclude, mean_and_deviation, percent
 
 Records = Sequence[dict[str, Any]]
 
@@ -31,19 +30,14 @@ def summarise(records: Records, arms: Sequence[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {"networks": {}}
     for network in networks:
         rows = {arm: _row([r for r in records if r["network"] == network and r["arm"] == arm]) for arm in arms}
-        comparisons = [_compare(rows, arm, other) for arm, other in RESCUES]
+        comparisons = [compare(arm, other, _by_seed(rows[arm]), _by_seed(rows[other])) for arm, other in RESCUES]
         summary["networks"][network] = {"arms": rows, "comparisons": comparisons}
     return summary
 
 
-def _compare(rows: dict[str, Any], arm: str, other: str) -> dict[str, Any]:
-    """Final test accuracy of one arm minus another's, over the seeds that both were trained with."""
-    after, before = (dict(zip(rows[name]["seeds"], rows[name]["test_accuracy"], strict=True)) for name in (arm, other))
-    seeds = sorted(after.keys() & before.keys())
-    pairs = [after[seed] for seed in seeds], [before[seed] for seed in seeds]
-    low, high = paired_interval(*pairs)
-    difference = mean_and_deviation([a - b for a, b in zip(*pairs, strict=True)])[0] if seeds else math.nan
-    return {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": len(seeds)}
+def _by_seed(row: dict[str, Any]) -> dict[int, float]:
+    """Final test accuracy."""
+    return dict(zip(row["seeds"], row["test_accuracy"], strict=True))
 
 
 def best_learning_rate(trained: Records) -> float:
@@ -116,18 +110,6 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
             "init, train: seconds on this machine.",
             style="dim",
         )
-
-
-def conclude(comparison: dict[str, Any]) -> str:
-    """No claim without an interval that carries it."""
-    difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
-    what = f"{comparison['arm']} against {comparison['against']}: {difference:+.1f} points"
-    if comparison["pairs"] == 0:
-        return f"{comparison['arm']} against {comparison['against']}: nothing to compare."
-    if not math.isfinite(low):
-        return f"{what} (one seed: no interval, no conclusion)."
-    verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
-    return f"{what}, {verdict} (95 % t-interval {low:+.1f} to {high:+.1f}, {comparison['pairs']} paired seeds)."
 
 
 def _mean(values: Sequence[float]) -> str:

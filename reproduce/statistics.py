@@ -1,7 +1,8 @@
 """Numbers over seeds, with what they do and do not show."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -30,3 +31,24 @@ def percent(values: Sequence[float]) -> str:
     """`45.1 ± 0.8`: mean and standard deviation in percent; no deviation for a single value."""
     mean, deviation = mean_and_deviation(values)
     return f"{100 * mean:.1f}" if math.isnan(deviation) else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+
+
+def compare(arm: str, other: str, after: Mapping[int, float], before: Mapping[int, float]) -> dict[str, Any]:
+    """One arm minus another, over the seeds that both were run with; shares, not percent."""
+    seeds = sorted(after.keys() & before.keys())
+    pairs = [after[seed] for seed in seeds], [before[seed] for seed in seeds]
+    low, high = paired_interval(*pairs)
+    difference = mean_and_deviation([a - b for a, b in zip(*pairs, strict=True)])[0] if seeds else math.nan
+    return {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": len(seeds)}
+
+
+def conclude(comparison: Mapping[str, Any]) -> str:
+    """No claim without an interval that carries it."""
+    difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
+    what = f"{comparison['arm']} against {comparison['against']}: {difference:+.1f} points"
+    if comparison["pairs"] == 0:
+        return f"{comparison['arm']} against {comparison['against']}: nothing to compare."
+    if not math.isfinite(low):
+        return f"{what} (one seed: no interval, no conclusion)."
+    verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
+    return f"{what}, {verdict} (95 % t-interval {low:+.1f} to {high:+.1f}, {comparison['pairs']} paired seeds)."

@@ -7,3 +7,4 @@ from papers.gradinit.objective import gradient_norm as gradient_norm
 from papers.gradinit.objective import look_ahead_loss as look_ahead_loss
 from papers.gradinit.objective import scale_gradients as scale_gradients
 from papers.gradinit.objective import step_direction as step_direction
+from papers.gradinit.variance import relative_gradient_variance as relative_gradient_variance

@@ -26,7 +26,6 @@ from common.functional import (
     classification_loss,
     load_parameters_,
     logits_of,
-    parameters_of,
     pure_loss,
 )
 from common.guard import naming_the_layer
@@ -74,8 +73,8 @@ def gradinit(
     L(S̃; θ − η A[∇L(S; θ)]); in both cases by `RescaleAdam` on the multipliers m of θ = m ⊙ θ₀. The defaults are those
     common to the released CIFAR-10 runs; `lr` is tuned there for each network, between 1e-3 and 1e-1.
 
-    For training by Adam: `step="adam"` and a γ for the ℓ1 norm with η γ of about 1 (the released translation run: η 1e-3,
-    γ 1000, `clip=None`, `shared_second_moment=False`, `pairs="thirds"`).
+    For training by Adam: `step="adam"` and a γ for the ℓ1 norm with η γ of about 1 (the released translation run:
+    η 1e-3, γ 1000, `clip=None`, `shared_second_moment=False`, `pairs="thirds"`).
 
     The model's parameters are written once, at the end; buffers, modes and the global random state stay as they were;
     on any error the model is bit-identical to what was passed in.
@@ -83,8 +82,8 @@ def gradinit(
     Args:
         model: Any bare `nn.Module`. Every trainable tensor has a multiplier, a tied one once, unless its norm is zero.
         loss_fn: `loss_fn(model, batch)`, mean over examples. Cross-entropy of `model(x)` by default.
-        batches: Batches of one even size on the model's device, of which S takes one and S̃ half of another; a collection
-            is gone through again and again. Augmented as in training, as the authors' are.
+        batches: Batches of one even size on the model's device, of which S takes one and S̃ half of another; a
+            collection is gone through again and again. Augmented as in training, as the authors' are.
         step: A, the first step of the training to come: by name, or `gradients by name ↦ direction by name`.
         eta: η > 0, its size.
         gamma: γ > 0, the largest gradient norm; `float("inf")` drops the constraint.
@@ -114,8 +113,8 @@ def gradinit(
 
     Raises:
         TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a step that is neither name nor function.
-        ValueError: An option out of range; nothing to scale; batches that do not fit the model, cannot be halved, change in
-            size or end too soon.
+        ValueError: An option out of range; nothing to scale; batches that do not fit the model, cannot be halved,
+            change in size or end too soon.
         NotFiniteError: A loss or gradient that is not finite, with the step and the tensors (a ValueError too).
         DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
 
@@ -130,7 +129,9 @@ def gradinit(
         Zhu et al. 2021, Algorithm 1.
     """
     check_bare(model, "gradinit")
-    _check_options(step, eta, gamma, steps, lr, min_scale, clip, betas, eps, norm, engine, pairs, variant, exact, bounds)
+    _check_options(
+        step, eta, gamma, steps, lr, min_scale, clip, betas, eps, norm, engine, pairs, variant, exact, bounds
+    )
     if batches is None:
         raise ValueError(
             "gradinit: `batches` must be given, got None: the objective is the loss of real examples. "
@@ -177,7 +178,7 @@ def gradinit(
                             theta0,
                             dict(zip(tuned, m.unbind(), strict=True)),
                             batch,
-                            lambda other=other: _check_batch(model, other(), classes),
+                            lambda other=other, k=classes: _check_batch(model, other(), k),
                             step=step,
                             eta=eta,
                             gamma=gamma,
@@ -191,8 +192,9 @@ def gradinit(
                     raise NotFiniteError(_not_finite(t, error, m, tuned)) from error
                 if t == 1 and metrics["gradient_norm"] == 0:
                     raise ValueError(
-                        "gradinit: the loss must depend on the model's parameters, got a gradient that is zero everywhere. "
-                        "Likely cause: `loss_fn` uses another model than the one it is given. The model is unchanged."
+                        "gradinit: the loss must depend on the model's parameters, got a gradient that is zero "
+                        "everywhere. Likely cause: `loss_fn` uses another model than the one it is given. "
+                        "The model is unchanged."
                     )
                 moved, state = adam.update(m, torch.stack(list(d.values())), branch, state, lower=lower, upper=upper)
                 m = torch.where(m == 0, m, moved) if variant == "released" else moved
@@ -202,20 +204,24 @@ def gradinit(
                         "constraint": float(branch == "constraint"),
                         "loss": metrics["loss"].item(),
                         "gradient_norm": metrics["gradient_norm"].item(),
-                        "look_ahead_loss": metrics.get("look_ahead_loss", math.nan),  # stays on its device until the end
+                        "look_ahead_loss": metrics.get(
+                            "look_ahead_loss", math.nan
+                        ),  # stays on its device until the end
                     }
                 )
                 if on_step is not None:
                     on_step(_plain(entries[-1:])[0])
                 if bar is not None and task is not None:
-                    shown = f"GradInit  loss {entries[-1]['loss']:.3g}, gradient norm {entries[-1]['gradient_norm']:.3g}"
+                    shown = (
+                        f"GradInit  loss {entries[-1]['loss']:.3g}, gradient norm {entries[-1]['gradient_norm']:.3g}"
+                    )
                     bar.update(task, advance=1, description=shown)
 
         scales = dict(zip(tuned, m.tolist(), strict=True))
         if broken := [name for name, scale in scales.items() if not math.isfinite(scale)]:
             raise NotFiniteError(
-                f"gradinit: every multiplier must end finite, got another for {', '.join(broken[:3])} after the last step. "
-                "Likely cause: a second derivative that overflows (start from smaller weights, or use float64). "
+                f"gradinit: every multiplier must end finite, got another for {', '.join(broken[:3])} after the last "
+                "step. Likely cause: a second derivative that overflows (start from smaller weights, or use float64). "
                 "The model is unchanged."
             )
         multipliers = dict(zip(tuned, m.unbind(), strict=True))
@@ -236,12 +242,12 @@ def _not_finite(t: int, error: NotFiniteError, m: Tensor, tuned: list[str]) -> s
     if broken := [name for name, scale in zip(tuned, m.tolist(), strict=True) if not math.isfinite(scale)]:
         return (
             f"gradinit: the gradient of every multiplier must be finite, got another at step {t - 1} for "
-            f"{', '.join(broken[:3])}{' and others' if len(broken) > 3 else ''}. Likely cause: a look-ahead step or a second "
-            "derivative that overflows (a smaller `eta` or weights, or float64). The model is unchanged."
+            f"{', '.join(broken[:3])}{' and others' if len(broken) > 3 else ''}. Likely cause: a look-ahead step or a "
+            "second derivative that overflows (a smaller `eta` or weights, or float64). The model is unchanged."
         )
     return (
-        f"gradinit: at step {t}: {str(error).split(': ', 1)[-1]} Likely causes: activations that overflow (start from smaller "
-        "weights, a smaller `lr`, or float64), or a batch that holds NaN. The model is unchanged."
+        f"gradinit: at step {t}: {str(error).split(': ', 1)[-1]} Likely causes: activations that overflow (start from "
+        "smaller weights, a smaller `lr`, or float64), or a batch that holds NaN. The model is unchanged."
     )
 
 
@@ -339,8 +345,8 @@ def _check_options(
     for pattern, (low, high) in (bounds or {}).items():
         if not 0 <= low <= 1 <= high:
             raise ValueError(
-                f"gradinit: `bounds` must be pairs (smallest, largest) with 0 ≤ smallest ≤ 1 ≤ largest, got ({low}, {high}) "
-                f"for {pattern!r}."
+                f"gradinit: `bounds` must be pairs (smallest, largest) with 0 ≤ smallest ≤ 1 ≤ largest, got "
+                f"({low}, {high}) for {pattern!r}."
             )
     if exact and variant == "released":
         raise ValueError("gradinit: `exact` is not part of the released code, got both. Leave variant='paper'.")

@@ -1,8 +1,8 @@
 """S and S̃: two minibatches of which half the examples are the same.
 
-The released vision code draws half-batches A, B, C in turn from one shuffled stream: S = A ∪ B, S̃ = A ∪ C (`"halves"`), or
-afresh, S̃ = A' ∪ C (`"disjoint"`). The translation code, whose batches differ in length, cuts each batch in three:
-S = [0, 2q), S̃ = [q, N) with q = ⌊N/3⌋ (`"thirds"`).
+The released vision code draws half-batches A, B, C in turn from one shuffled stream: S = A ∪ B, S̃ = A ∪ C
+(`"halves"`), or afresh, S̃ = A' ∪ C (`"disjoint"`). The translation code, whose batches differ in length, cuts
+each in three: S = [0, 2q), S̃ = [q, N) with q = ⌊N/3⌋ (`"thirds"`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +22,8 @@ def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[P
     """Pairs (S, S̃) without end from batches of n examples.
 
     A collection is gone through again and again. With `"halves"` and `"disjoint"` batches must be of one even size, of
-    which a pass's last may fall short: it sits that pass out. An iteration uses n examples for S, and for S̃ n/2 more with
-    `"halves"`, n with `"disjoint"`; `"thirds"` uses one batch for both, of any size from three on.
+    which a pass's last may fall short: it sits that pass out. An iteration uses n examples for S, and for S̃ n/2 more
+    with `"halves"`, n with `"disjoint"`; `"thirds"` uses one batch for both, of any size from three on.
 
     Args:
         batches: Any nesting of tensors, examples along dimension 0.
@@ -33,7 +33,7 @@ def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[P
         S, and a function that gives S̃ when called.
 
     Raises:
-        ValueError: When iterated: an odd, changing or too small size, tensors that cannot be joined, or a stream that ends.
+        ValueError: When iterated: an odd, changing or too small size, tensors that cannot be joined, too few batches.
 
     Example:
         >>> S, other = next(batch_pairs([torch.arange(4), torch.arange(4, 8)]))
@@ -71,8 +71,8 @@ class _of_one_size:  # noqa: N801 - a generator that can be gone through again
             if self.size is None:
                 if length < 2 or length % 2:
                     raise ValueError(
-                        f"gradinit: batches must hold an even number of examples, 2 or more, got {length}: S̃ shares half of "
-                        "S. Use an even batch size, or pairs='thirds' (3 or more)."
+                        f"gradinit: batches must hold an even number of examples, 2 or more, got {length}: S̃ shares "
+                        "half of S. Use an even batch size, or pairs='thirds' (3 or more)."
                     )
                 self.size = length
             if short is not None or length > self.size:
@@ -107,8 +107,8 @@ def _join(a: Batch, b: Batch) -> Batch:
     if [leaf.shape[1:] for leaf in ours] != [leaf.shape[1:] for leaf in theirs]:
         raise ValueError(
             "gradinit: batches must be alike to be joined, got tensors of shapes "
-            f"{[tuple(leaf.shape) for leaf in ours]} and {[tuple(leaf.shape) for leaf in theirs]}. Pad them to one length, "
-            "or use pairs='thirds', which cuts each batch by itself."
+            f"{[tuple(leaf.shape) for leaf in ours]} and {[tuple(leaf.shape) for leaf in theirs]}. Pad them to one "
+            "length, or use pairs='thirds', which cuts each batch by itself."
         )
     remaining = iter(theirs)
     return map_tensors(lambda leaf: torch.cat([leaf, next(remaining)]), a)

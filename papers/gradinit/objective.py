@@ -1,8 +1,8 @@
 r"""The loss after one look-ahead step, the gradient norm that bounds it, and what each asks of the multipliers.
 
 Letters: theta0 θ₀ the drawn parameters, m their multipliers (one a tensor b), theta = m ⊙ θ₀, S and S̃ two minibatches
-(`batch`, `other_batch`), g = ∇L(S; θ), A[g] the direction of the target optimiser's first step, eta η its size, gamma γ the
-bound on ‖g‖, H = ∇²L(S; θ), u = ∇L(S̃; θ') the gradient at the stepped θ' = θ − η A[g], d = ∂/∂m.
+(`batch`, `other_batch`), g = ∇L(S; θ), A[g] the direction of the target optimiser's first step, eta η its size,
+gamma γ the bound on ‖g‖, H = ∇²L(S; θ), u = ∇L(S̃; θ') the gradient at the stepped θ' = θ − η A[g], d = ∂/∂m.
 
 Costs are counted in F, one forward pass of a minibatch; a backward pass is 2F.
 
@@ -88,7 +88,7 @@ def look_ahead_loss(
 
     Example:
         >>> bowl = lambda theta, _: (theta["w"] ** 2).sum() / 2
-        >>> look_ahead_loss(bowl, {"w": torch.tensor([3.0, -4.0])}, None, None, step="sgd", eta=0.5)  # half of θ is left
+        >>> look_ahead_loss(bowl, {"w": torch.tensor([3.0, -4.0])}, None, None, step="sgd", eta=0.5)  # half is left
         tensor(3.1250)
     """
     A = step_direction(gradient(loss, theta, batch), step)
@@ -131,7 +131,7 @@ def scale_gradients(
     Else:        objective,  d_b = 1/η · ∂L(S̃; θ − η A[g])/∂m_b = 1/η · ⟨θ₀_b, u_b⟩, and with `exact` (A's Jacobian J)
                              1/η · ⟨θ₀_b, (u − η H Jᵀ u)_b⟩.
 
-    Every engine decides by a plain g, so that no second-order graph is built for the objective as released. What they cost:
+    Every engine decides by a plain g: no second-order graph is built for the objective as released. What they cost:
 
     | engine                | constraint                       | objective | exact objective |
     |-----------------------|----------------------------------|-----------|-----------------|
@@ -140,9 +140,9 @@ def scale_gradients(
     | `"finite_difference"` | 6F                               | 6F        | 9F              |
 
     `"lazy"` reads the tape of the one forward pass again where H is needed. `"nested"` differentiates `constraint` and
-    `look_ahead_loss` as they stand above. `"finite_difference"` takes H v = (g(θ + h v) − g(θ))/h: it asks nothing of the
-    layers beyond a gradient and keeps no second graph, with an error of about 1e-3 of the largest |d| in float32 (1e-2
-    where a kink is crossed), by which the sign of a small d_b can turn. Forward-over-reverse would cost 12F.
+    `look_ahead_loss` as they stand above. `"finite_difference"` takes H v = (g(θ + h v) − g(θ))/h: it asks nothing of
+    the layers beyond a gradient and keeps no second graph, with an error of about 1e-3 of the largest |d| in float32
+    (1e-2 where a kink is crossed), by which the sign of a small d_b can turn. Forward-over-reverse would cost 12F.
 
     Args:
         loss: L, pure, not under a `torch.func` transform; for at most two reverse-mode derivatives.
@@ -188,7 +188,7 @@ def scale_gradients(
     _check_finite(at_hand, n, g_now)
     metrics = {"loss": at_hand, "gradient_norm": n}
 
-    def H(v: Params) -> Params:
+    def hessian_times(v: Params) -> Params:
         if engine == "finite_difference":
             return _difference(loss, theta, g_now, v, batch, difference_step)
         return tape(g if keep else tape(value, theta), theta, v, keep=False)
@@ -198,7 +198,7 @@ def scale_gradients(
             d = torch.func.grad(lambda m: constraint(loss, scaled(theta0, m), batch, norm=norm))(scales)
             return "constraint", d, metrics
         v = torch.func.grad(gradient_norm)(g_now, norm)  # sign(g) or g/‖g‖
-        return "constraint", _along(theta0, H(v), scales), metrics
+        return "constraint", _along(theta0, hessian_times(v), scales), metrics
 
     if not (exact and engine == "lazy"):
         del value, g  # the tape of S, before that of S̃ is recorded
@@ -215,7 +215,7 @@ def scale_gradients(
     u = tape(ahead, theta, keep=False)
     if exact and step != "adam":  # a sign has no derivative
         w = torch.func.vjp(lambda g: step_direction(g, step), g_now)[1](u)[0]
-        u = tree_add(u, H(w), scale=-eta)
+        u = tree_add(u, hessian_times(w), scale=-eta)
     return "objective", tree_map(lambda d: d / eta, _along(theta0, u, scales)), metrics
 
 

@@ -2,7 +2,6 @@
 
 import io
 import os
-import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +11,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -58,24 +56,6 @@ def write_set(folder, name="cifar10", encoding="PNG"):
         write(folder / SHARD.format(split), [encode(p, encoding) for p in pixels], labels, name)
         written[split] = pixels, labels
     return written
-
-
-@pytest.fixture
-def closed_port():
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # bound and not listening: every connection is refused
-        yield reserved.getsockname()[1]
-
-
-@pytest.fixture
-def alone(monkeypatch, tmp_path, closed_port):
-    """No folder, an empty cache and no network. Returns the cache's folder."""
-    for variable in ("LEARNED_INIT_DATA", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port}")
-    return tmp_path / "hub"
 
 
 def serve(monkeypatch, answer):

@@ -17,7 +17,8 @@ from common.record import Run
 from common.types import NotFiniteError
 from reproduce import metainit_cifar10 as module
 from reproduce.metainit_cifar10 import ARMS, PRESETS, run
-from reproduce.metainit_report import conclude
+from reproduce.images import epochs_of
+from reproduce.statistics import conclude
 from tests.conftest import ROOT
 
 COMMAND = [
@@ -244,9 +245,9 @@ def test_on_real_data(real_data, tmp_path):
 
 def test_a_small_set_gets_as_many_updates():
     quick = PRESETS["quick"]
-    assert module.epochs_of(quick, quick.train_images) == quick.epochs
-    assert module.epochs_of(quick, quick.train_images // 3) == 3 * quick.epochs
-    assert module.epochs_of(PRESETS["paper"], 45_000) == 200
+    assert epochs_of(quick.epochs, quick.train_images, quick.train_images) == quick.epochs
+    assert epochs_of(quick.epochs, quick.train_images, quick.train_images // 3) == 3 * quick.epochs
+    assert epochs_of(200, None, 45_000) == 200
 
 
 def test_presets_are_what_they_say():
