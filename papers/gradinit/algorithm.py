@@ -289,9 +289,8 @@ def _check_step(step: Step, theta0: Params) -> None:
     if not callable(step):
         return
     direction = step({name: leaf.clone() for name, leaf in theta0.items()})
-    if not isinstance(direction, dict) or {k: v.shape for k, v in direction.items()} != {
-        k: v.shape for k, v in theta0.items()
-    }:
+    shapes = {name: leaf.shape for name, leaf in theta0.items()}
+    if not isinstance(direction, dict) or {k: getattr(v, "shape", None) for k, v in direction.items()} != shapes:
         raise ValueError(
             "gradinit: a function for `step` must map a gradient {name: tensor} to a direction with the same names and "
             f"shapes, got {type(direction).__name__}"

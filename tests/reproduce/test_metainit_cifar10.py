@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from common.record import Run
 from common.types import NotFiniteError
 from reproduce import metainit_cifar10 as module
-from reproduce.metainit_cifar10 import ARMS, PRESETS, run
 from reproduce.images import epochs_of
+from reproduce.metainit_cifar10 import ARMS, PRESETS, run
 from reproduce.statistics import conclude
 from tests.conftest import ROOT
 

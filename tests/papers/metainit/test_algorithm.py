@@ -2,7 +2,6 @@
 
 import copy
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -22,31 +21,10 @@ from papers.metainit import (
     sign_momentum_step,
     tunable_tensors,
 )
-from tests.papers.metainit.networks import Tied, make, sequences
+from tests.papers.models import assert_same_state, mlp, state_of
+from tests.papers.networks import Tied, make, sequences
 
 QUIET = {"progress": False}
-
-
-def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), activation())]
-    return nn.Sequential(*layers[:-1])
-
-
-def state_of(model: nn.Module) -> list:
-    """All that must not change: every tensor's bits, every flag, the global random state."""
-    return [
-        {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=False).items()},
-        [module.training for module in model.modules()],
-        [parameter.requires_grad for parameter in model.parameters()],
-        [parameter.grad for parameter in model.parameters()],
-        torch.get_rng_state(),
-    ]
-
-
-def assert_same_state(model: nn.Module, before: list) -> None:
-    assert_close(state_of(model), before, rtol=0, atol=0, equal_nan=True)
 
 
 # ------------------------------------------------------------------------------- the update

@@ -24,7 +24,7 @@ from papers.metainit.objective import (
     relative_change,
     sign,
 )
-from tests.papers.metainit.networks import NETWORKS, make
+from tests.papers.networks import NETWORKS, make
 
 seeds = st.integers(0, 2**31 - 1)
 
