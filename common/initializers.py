@@ -1,4 +1,4 @@
-"""The baselines: Xavier, Kaiming, orthogonal, delta-orthogonal, LSUV, Fixup, SkipInit, and the bad starts of MetaInit.
+"""The baselines: Xavier, Kaiming, orthogonal, delta-orthogonal, LSUV, Fixup, SkipInit, T-Fixup, MetaInit's bad starts.
 
 What they share. A *weight layer* is a convolution (transposed or not), a linear layer, a recurrent layer or an
 attention layer. Each rule below fills W, of shape (out, in, *taps), with
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from common.networks.layers import gain_of
+from common.networks.transformer import Attention, Transformer, TransformerLayer
 from common.types import Batch
 
 __all__ = [
@@ -42,7 +43,9 @@ __all__ = [
     "scale_layer_",
     "scale_weights_",
     "skipinit_",
+    "tfixup_",
     "torch_default_",
+    "transformer_",
     "uniform_",
     "weight_layers",
     "xavier_",
@@ -530,6 +533,111 @@ def _residual_scalars_(
         scalar.fill_(value)
 
 
+# --- Transformers -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def transformer_(model: nn.Module, *, generator: torch.Generator) -> None:
+    r"""What a `Transformer` of this project starts from, as fairseq's and hence GradInit's does.
+
+    Both embeddings N(0, 1/d), their padding rows 0; query, key and value projections Xavier uniform with γ = 1/√2;
+    output projections of attention the same with γ = 1, their biases 0; every other linear layer torch's default
+    U(±1/√fan_in), as are the biases of all but attention's output.
+
+    Raises:
+        TypeError: The model is no `common.networks.Transformer`.
+    """
+    model = _check_transformer("transformer_", model)
+    gains = {}
+    for part in model.modules():
+        if isinstance(part, Attention):
+            gains |= dict.fromkeys((part.q_proj, part.k_proj, part.v_proj), 1 / math.sqrt(2)) | {part.out_proj: 1.0}
+
+    def rule(W: Tensor, layer: nn.Module) -> None:
+        if layer in gains:
+            nn.init.xavier_uniform_(W, gain=gains[layer], generator=generator)
+        else:
+            nn.init.kaiming_uniform_(W, a=math.sqrt(5), generator=generator)
+
+    _fill_transformer_("transformer_", model, rule, generator)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.bias is not None and gains.get(layer) != 1.0:
+            new = torch.empty(layer.bias.shape, dtype=layer.bias.dtype, device=generator.device)
+            bound = 1 / math.sqrt(layer.in_features)
+            layer.bias.copy_(nn.init.uniform_(new, -bound, bound, generator=generator))
+
+
+def tfixup_(model: nn.Module, *, generator: torch.Generator) -> None:
+    r"""T-Fixup: a Transformer without normalisation that trains without warm-up.
+
+    With N_e and N_d layers in encoder and decoder:
+
+    1. embeddings N(0, 1/d), their padding rows 0; every other weight Xavier uniform, γ = 1; biases 0;
+    2. an encoder layer's value and output projection, fc1 and fc2: times 0.67 N_e^(−1/4);
+    3. a decoder layer's, those of both its attentions: times (9 N_d)^(−1/4);
+    4. the embeddings: times (9 N_e)^(−1/4) and (9 N_d)^(−1/4).
+
+    The paper has one N; its code has both, as here. Its code leaves query and key at fairseq's γ = 1/√2 and the biases
+    of query, key and value at torch's default; the paper says Xavier for all, which is what this does.
+
+    Raises:
+        TypeError: The model is no `common.networks.Transformer`.
+        ValueError: It has layer normalisation, which T-Fixup replaces.
+
+    Reference: Huang, Pérez, Ba and Volkovs, ICML 2020.
+    """
+    model = _check_transformer("tfixup_", model)
+    if model.norm != "none":
+        raise ValueError(
+            f"tfixup_: `model` must be free of normalisation, got norm={model.norm!r}. Build it with norm='none'."
+        )
+    N_e, N_d = len(model.encoder.layers), len(model.decoder.layers)
+    factor: dict[nn.Module, float] = {}
+    for layers, value in ((model.encoder.layers, 0.67 * N_e**-0.25), (model.decoder.layers, (9 * N_d) ** -0.25)):
+        for part in layers.modules():
+            if isinstance(part, Attention):
+                factor |= {part.v_proj: value, part.out_proj: value}
+            elif isinstance(part, TransformerLayer):
+                factor |= {part.fc1: value, part.fc2: value}
+
+    def rule(W: Tensor, layer: nn.Module) -> None:
+        nn.init.xavier_uniform_(W, gain=factor.get(layer, 1.0), generator=generator)
+
+    _fill_transformer_("tfixup_", model, rule, generator, source=(9 * N_e) ** -0.25, target=(9 * N_d) ** -0.25)
+
+
+def _check_transformer(caller: str, model: nn.Module) -> Transformer:
+    if not isinstance(model, Transformer):
+        raise TypeError(
+            f"{caller}: `model` must be a common.networks.Transformer, got {type(model).__name__}. "
+            "The rule goes by the roles of its layers."
+        )
+    return model
+
+
+def _fill_transformer_(
+    caller: str,
+    model: Transformer,
+    rule: Rule,
+    generator: torch.Generator,
+    *,
+    source: float = 1.0,
+    target: float = 1.0,
+) -> None:
+    """`rule` on every weight but the embeddings: those are N(0, 1/d) times `source` or `target`, their padding 0."""
+
+    def fill(W: Tensor, layer: nn.Module) -> None:
+        # the target's embedding is the output projection's weight
+        if layer in (model.encoder.embedding, model.output):
+            std = (target if layer is model.output else source) / math.sqrt(model.dim)
+            nn.init.normal_(W, std=std, generator=generator)
+            W[model.padding] = 0.0
+        else:
+            rule(W, layer)
+
+    _fill_(caller, model, fill, generator=generator, embedding_rule=fill)
+
+
 # --- Bad starts (MetaInit's protocol) ---------------------------------------------------------------------------------
 
 
@@ -582,6 +690,8 @@ INITIALIZERS: dict[str, Callable[..., None]] = {
     "fixup": fixup_,
     "skipinit": skipinit_,
     "rezero": rezero_,
+    "transformer": transformer_,
+    "tfixup": tfixup_,
     "normal": normal_,
     "uniform": uniform_,
 }

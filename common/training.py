@@ -1,6 +1,6 @@
 """The ordinary training loop every comparison uses.
 
-SGD with momentum, cosine decay, optional warm-up, one evaluation an epoch, resumable at every epoch.
+SGD with momentum or Adam, a schedule by iteration, optional warm-up, one evaluation an epoch, resumable at every epoch.
 """
 
 import math
@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from common.types import Batch, UserLoss
+
+Optimizer = Literal["sgd", "adam", "adamw"]
+Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +32,11 @@ class TrainingConfig:
     """Heavy-ball momentum, not Nesterov."""
     weight_decay: float = 1e-4
     """Coupled L2 penalty (decoupled for `adamw`), on every parameter but those of `no_decay`."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Optimizer = "sgd"
     """Update rule."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's moments."""
-    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    schedule: Schedule = "cosine"
     """What follows the warm-up: a cosine or a line to zero, nothing, or √(W/t) after W warm-up steps (1 without)."""
     no_decay: tuple[str, ...] = ()
     """Name patterns (fnmatch) of parameters without weight decay."""
@@ -50,6 +53,11 @@ class TrainingConfig:
     channels_last: bool = False
     """Memory layout of convolutions."""
 
+    def __post_init__(self) -> None:
+        for name, choices in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"TrainingConfig: `{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -57,7 +65,7 @@ class TrainingResult:
 
     Attributes:
         history: One dictionary an epoch: `epoch`, `train_loss`, `seconds` (training alone) and what was evaluated.
-        diverged: A loss was not finite; the epochs that were left did not run.
+        diverged: An epoch's mean loss was not finite, or above `diverged_above`; the epochs that were left did not run.
     """
 
     history: list[dict[str, float]]
@@ -87,14 +95,18 @@ def learning_rate_at(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The recipe's optimiser: one group for each learning-rate factor and weight decay, `lr_factor` beside it."""
+    """The recipe's optimiser: a group for each pair of weight decay and learning-rate factor, the key `lr_factor`.
+
+    A group without that key has the factor 1.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         factor = next((f for pattern, f in config.lr_factors if fnmatchcase(name, pattern)), 1.0)
         decayed = not any(fnmatchcase(name, pattern) for pattern in config.no_decay)
         groups.setdefault((factor, config.weight_decay if decayed else 0.0), []).append(parameter)
     parameters: list[dict[str, Any]] = [
-        {"params": members, "weight_decay": decay, "lr_factor": factor} for (factor, decay), members in groups.items()
+        {"params": members, "weight_decay": decay} | ({} if factor == 1 else {"lr_factor": factor})
+        for (factor, decay), members in groups.items()
     ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
@@ -142,7 +154,7 @@ def train(
         losses: list[Tensor] = []
         for step, batch in enumerate(train_batches(epoch), epoch * steps_per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = group["lr_factor"] * learning_rate_at(step, total, config)
+                group["lr"] = group.get("lr_factor", 1.0) * learning_rate_at(step, total, config)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = loss_fn(model, batch)

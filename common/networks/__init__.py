@@ -1,4 +1,4 @@
-"""The papers' convolutional architectures, each with and without normalisation and, where they have any, skips."""
+"""The papers' architectures: convolutional ones by name, with and without normalisation and skips; the Transformer."""
 
 import re
 from collections.abc import Callable
@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from common.networks.densenet import DenseNet
 from common.networks.layers import ACTIVATIONS, gain_of, make_activation
 from common.networks.plain import PlainNet
 from common.networks.resnet import ResNet
+from common.networks.transformer import Transformer
 from common.networks.vgg import VGG
 from common.networks.wide_resnet import WideResNet
 
@@ -17,8 +19,10 @@ __all__ = [
     "ACTIVATIONS",
     "NETWORKS",
     "VGG",
+    "DenseNet",
     "PlainNet",
     "ResNet",
+    "Transformer",
     "WideResNet",
     "gain_of",
     "make_activation",
@@ -32,11 +36,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": partial(ResNet, 56),
     "resnet110": partial(ResNet, 110),
     "wrn": WideResNet,
+    "densenet100": DenseNet,
 }
 
-# Names that carry their own sizes: wrn-28-10, resnet-32, vgg-16, plain-20 or plain-20-32 (depth, then width).
+# Names that carry their own sizes: wrn-28-10, densenet-40-12, resnet-32, vgg-16, plain-20 or plain-20-32 (depth first).
 _SIZED: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     r"wrn-?(\d+)-(\d+)": (WideResNet, ("depth", "widen")),
+    r"densenet-?(\d+)-(\d+)": (DenseNet, ("depth", "growth")),
     r"resnet-?(\d+)": (ResNet, ("depth",)),
     r"vgg-?(\d+)": (VGG, ("depth",)),
     r"plain-?(\d+)(?:-(\d+))?": (PlainNet, ("depth", "width")),
@@ -59,6 +65,6 @@ def make_network(name: str, **options: Any) -> nn.Module:
             sizes = {argument: int(size) for argument, size in zip(arguments, match.groups(), strict=True) if size}
             return network(**sizes | options)
     raise ValueError(
-        f"make_network: `name` must be one of {', '.join(NETWORKS)}, or carry sizes as wrn-28-10, resnet-32, vgg-16 "
-        f"and plain-20-32 do, got {name!r}."
+        f"make_network: `name` must be one of {', '.join(NETWORKS)}, or carry sizes as wrn-28-10, densenet-40-12, "
+        f"resnet-32, vgg-16 and plain-20-32 do, got {name!r}."
     )

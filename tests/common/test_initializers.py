@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from common import initializers
 from common.initializers import INITIALIZERS, fixup_, gain_of, kaiming_, lsuv_, weight_layers
-from common.networks import make_network
+from common.networks import Transformer, make_network
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -269,6 +269,68 @@ def check_fixup_of_three_layers(initialise):
     assert not model[3].layers[2].weight.any()
 
 
+def translator(**options) -> Transformer:
+    sizes = {"dim": 96, "feedforward": 120, "encoder_layers": 6, "decoder_layers": 4, "padding": 5, "max_length": 9}
+    return Transformer(400, **sizes | options)
+
+
+def laws(model: Transformer, side: str) -> dict[str, torch.Tensor]:
+    """All entries of one side's tensors of one role, such as "fc1.weight", those of both attentions together."""
+    roles: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{side}.layers"):
+            roles.setdefault(".".join(name.split(".")[-2:]), []).append(parameter.flatten())
+    return {role: torch.cat(entries) for role, entries in roles.items()}
+
+
+def as_built(model, *, generator):
+    """The constructor's own start."""
+
+
+def check_transformer(initialise):
+    model = translator(norm="pre")
+    if initialise is not as_built:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.7)
+    initialise(model, generator=seeded())
+    for side in ("encoder", "decoder"):
+        embedding = getattr(model, side).embedding.weight
+        assert not embedding[5].any()
+        assert_moments(side, embedding[6:], 1 / math.sqrt(96))
+        for role, W in laws(model, side).items():
+            module, _, kind = role.partition(".")
+            if module in {"q_proj", "k_proj", "v_proj"} and kind == "weight":
+                assert_moments(role, W, math.sqrt(2 / (96 + 96)) / math.sqrt(2), uniform=True)
+            elif role == "out_proj.weight":
+                assert_moments(role, W, math.sqrt(2 / (96 + 96)), uniform=True)
+            elif "norm" in module:
+                assert ((W == 1) if kind == "weight" else (W == 0)).all()
+            elif role == "out_proj.bias":
+                assert not W.any()
+            else:  # U(±1/√fan_in): biases, and the feedforward's weights
+                assert_moments(role, W, 1 / math.sqrt(3 * (120 if module == "fc2" else 96)), uniform=True)
+
+
+def check_tfixup(initialise):
+    model = translator(norm="none")
+    initialise(model, generator=seeded())
+    # N_e = 6 and N_d = 4
+    factors = {"encoder": 0.67 / 6**0.25, "decoder": 1 / 36**0.25}
+    for side, embedding_factor in (("encoder", 1 / 54**0.25), ("decoder", 1 / 36**0.25)):
+        embedding = getattr(model, side).embedding.weight
+        assert not embedding[5].any()
+        assert_moments(side, embedding[6:], embedding_factor / math.sqrt(96))
+        for role, W in laws(model, side).items():
+            module, _, kind = role.partition(".")
+            if kind == "bias":
+                assert not W.any(), role
+            else:
+                factor = 1.0 if module in {"q_proj", "k_proj"} else factors[side]
+                fans = 96 + 120 if module in {"fc1", "fc2"} else 96 + 96
+                assert_moments(role, W, factor * math.sqrt(2 / fans), uniform=True)
+
+
 def check_normal(initialise):
     check_variance(partial(initialise, std=0.2), lambda fan_in, fan_out: 0.2)
     embedding = nn.Embedding(300, 7)
@@ -299,6 +361,8 @@ CHECKS = {
     "delta_orthogonal": [check_delta_isometry, check_delta_norm],
     "lsuv": [check_lsuv, check_lsuv_tolerance, check_lsuv_of_residual_network],
     "fixup": [check_fixup, check_fixup_of_three_layers],
+    "transformer": [check_transformer],
+    "tfixup": [check_tfixup],
     "normal": [check_normal],
     "uniform": [check_uniform],
     "gain": [check_gain],
@@ -313,6 +377,10 @@ def test_kaiming_is_torchs_on_an_ordinary_convolution(mode):
     expected = torch.empty(7, 5, 3, 3)
     nn.init.kaiming_normal_(expected, mode=mode, nonlinearity="relu", generator=seeded())
     assert_close(layer.weight, expected)
+
+
+def test_a_transformer_is_built_as_its_rule_says():
+    check_transformer(as_built)
 
 
 @pytest.mark.parametrize(("name", "check"), [(name, check) for name, checks in CHECKS.items() for check in checks])
@@ -406,6 +474,38 @@ MUTANTS = [
     ("first layers 0", "fixup", "*(layers[-1] for", "*(layers[0] for"),
     ("multiplier 0", "fixup", '"scale", 1.0', '"scale", 0.0'),
     ("scalar biases kept", "fixup", ', *_scalars(model, "bias", 0.0)', ""),
+    ("gain 1", "transformer", "part.v_proj), 1 / math.sqrt(2))", "part.v_proj), 1.0)"),
+    ("gain 1/2", "transformer", "part.v_proj), 1 / math.sqrt(2))", "part.v_proj), 1 / 2)"),
+    ("attention all alike", "transformer", "{part.out_proj: 1.0}", "{part.out_proj: 1 / math.sqrt(2)}"),
+    ("value forgotten", "transformer", "(part.q_proj, part.k_proj, part.v_proj)", "(part.q_proj, part.k_proj)"),
+    ("feedforward Xavier", "transformer", "if layer in gains:", "if gains.setdefault(layer, 0.9):"),
+    ("biases 0", "transformer", "nn.init.uniform_(new, -bound", "nn.init.uniform_(new * 0, 0 * -bound"),
+    ("biases one-sided", "transformer", "nn.init.uniform_(new, -bound", "nn.init.uniform_(new, 0.0"),
+    ("biases of fan_out", "transformer", "math.sqrt(layer.in_features)", "math.sqrt(layer.out_features)"),
+    ("every bias drawn", "transformer", " and gains.get(layer) != 1.0", ""),
+    ("padding row drawn", "transformer", "W[model.padding] = 0.0", "pass"),
+    ("embeddings N(0, 1)", "transformer", " else source) / math.sqrt(model.dim)", " else source)"),
+    ("variance for std", "transformer", "/ math.sqrt(model.dim)", "/ model.dim"),
+    (
+        "torch's embedding",
+        "transformer",
+        "generator=generator, embedding_rule=fill)",
+        "generator=generator)",
+    ),
+    ("0.67 lost", "tfixup", "0.67 * N_e**-0.25", "N_e**-0.25"),
+    ("root for fourth root, encoder", "tfixup", "0.67 * N_e**-0.25", "0.67 * N_e**-0.5"),
+    ("root for fourth root, decoder", "tfixup", "(9 * N_d) ** -0.25)):", "(9 * N_d) ** -0.5)):"),
+    ("9 lost", "tfixup", "(9 * N_d) ** -0.25)):", "N_d ** -0.25)):"),
+    ("depths exchanged", "tfixup", "N_e, N_d = len", "N_d, N_e = len"),
+    ("value unscaled", "tfixup", "{part.v_proj: value, part.out", "{part.out"),
+    ("output unscaled", "tfixup", ", part.out_proj: value}", "}"),
+    ("query scaled", "tfixup", "{part.v_proj: value,", "{part.q_proj: value, part.v_proj: value,"),
+    ("fc1 unscaled", "tfixup", "{part.fc1: value, part", "{part"),
+    ("fc2 unscaled", "tfixup", ", part.fc2: value}", "}"),
+    ("source unscaled", "tfixup", "source=(9 * N_e) ** -0.25, ", ""),
+    ("target unscaled", "tfixup", ", target=(9 * N_d) ** -0.25", ""),
+    ("gain lost", "tfixup", "gain=factor.get(layer, 1.0)", "gain=1.0"),
+    ("padding row drawn", "tfixup", "W[model.padding] = 0.0", "pass"),
     ("variance for std", "normal", "_normal(std, generator)", "_normal(std**2, generator)"),
     (
         "embeddings forgotten",
@@ -457,6 +557,8 @@ def subject_of(name: str) -> tuple[nn.Module, partial]:
         return make_network("plain-4-3", batch_norm=True).train(), partial(initialise, batch=(randn(4, 3, 8, 8),))
     if name in {"fixup", "skipinit"}:
         return make_network("resnet-8", width=3, branch=name), initialise
+    if name in {"transformer", "tfixup"}:
+        return translator(dim=8, feedforward=12, norm="none"), initialise
     model = zoo()
     if name == "rezero":
         model.resweight = nn.Parameter(torch.ones(1))
@@ -682,6 +784,11 @@ ERRORS = [
     ),
     (partial(initializers.skipinit_, alpha=math.inf), LINEAR, r"skipinit_: `alpha` must be finite, got inf"),
     (initializers.skipinit_, LINEAR, r"skipinit_: `model` must have residual scalars, got no .* called `alpha`"),
+    (
+        initializers.tfixup_,
+        partial(translator, norm="pre"),
+        r"tfixup_: `model` must be free of normalisation, got norm='pre'. Build it with norm='none'",
+    ),
     (initializers.rezero_, LINEAR, r"rezero_: `model` must have residual scalars, got no .* called `resweight`"),
     (kaiming_, nn.ReLU, r"kaiming_: `model` must have a weight layer, got ReLU without any"),
     (initializers.torch_default_, nn.ReLU, r"torch_default_: `model` must have a weight layer, got ReLU"),
@@ -708,6 +815,22 @@ def test_errors_leave_the_model_as_it_was(initialise, build, message):
         initialise(model, generator=seeded())
     if not lazy:
         assert_as_it_was(model, before)
+
+
+@pytest.mark.parametrize("name", ["transformer_", "tfixup_"])
+def test_the_transformers_rules_are_for_it_alone(name):
+    model = nn.Transformer(8, 2, 1, 1, 12, batch_first=True)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=rf"{name}: `model` must be a common.networks.Transformer, got Transformer\."):
+        getattr(initializers, name)(model, generator=seeded())
+    assert_as_it_was(model, before)
+
+
+def test_a_transformer_keeps_its_tie():
+    for initialise in (initializers.transformer_, initializers.tfixup_):
+        model = translator(norm="none")
+        initialise(model, generator=seeded())
+        assert model.output.weight is model.decoder.embedding.weight
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])

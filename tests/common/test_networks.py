@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from common.networks import ACTIVATIONS, NETWORKS, PlainNet, ResNet, gain_of, make_activation, make_network
+from common.networks.densenet import Bottleneck, Transition
 from common.networks.resnet import BasicBlock, FixupBlock, SkipInitBlock
 from common.networks.wide_resnet import WideBlock
 
@@ -23,6 +24,7 @@ TINY = {
     "fixup": ("resnet-8", {"width": 3, "branch": "fixup"}),
     "wrn": ("wrn-10-1", {}),
     "wrn without skips": ("wrn-10-1", {"skip": False}),
+    "densenet": ("densenet-16-3", {}),
 }
 NORMALISED = [name for name in TINY if name not in {"skipinit", "fixup"}]
 SMOOTH = {"activation": "tanh"}
@@ -76,12 +78,28 @@ def count_wrn(depth: int, widen: int, batch_norm: bool) -> int:
     return total
 
 
+def count_densenet(depth: int, growth: int, batch_norm: bool) -> int:
+    n = (depth - 4) // 6
+    channels = 2 * growth
+    total = conv(3, channels, bias=not batch_norm)
+    for block in range(3):
+        if block:  # a transition halves the channels
+            total += batch_norm * 2 * channels + conv(channels, channels // 2, taps=1, bias=not batch_norm)
+            channels //= 2
+        for _ in range(n):
+            total += conv(channels, 4 * growth, taps=1, bias=not batch_norm)
+            total += conv(4 * growth, growth, bias=not batch_norm) + batch_norm * 2 * (channels + 4 * growth)
+            channels += growth
+    return total + batch_norm * 2 * channels + channels * 10 + 10
+
+
 COUNTS = [
     ("vgg19", count_vgg19, (), 20.03, 20.04),
     ("resnet20", count_resnet, (20,), 0.27, 0.27),
     ("resnet56", count_resnet, (56,), 0.85, 0.85),
     ("resnet110", count_resnet, (110,), 1.72, 1.73),
     ("wrn-28-10", count_wrn, (28, 10), 36.47, 36.49),
+    ("densenet100", count_densenet, (100, 12), 0.75, 0.77),
 ]
 
 
@@ -234,19 +252,44 @@ def test_wrn_normalisation_momenta():
     assert set(momenta.values()) == {0.1}
 
 
+def test_densenet_appends_its_preactivated_bottlenecks():
+    layer = Bottleneck(5, 3, activation="tanh", batch_norm=False)
+    x = torch.randn(2, 5, 6, 6)
+    out = layer(x)
+    assert torch.equal(out[:, :5], x)
+    assert_close(out[:, 5:], layer.conv2(layer.conv1(x.tanh()).tanh()))
+    assert (layer.conv1.out_channels, layer.conv1.kernel_size, layer.conv2.kernel_size) == (12, (1, 1), (3, 3))
+    transition = Transition(5, 3, activation="tanh", batch_norm=False)
+    assert_close(transition(x), nn.functional.avg_pool2d(transition.conv(x.tanh()), 2))
+
+
+def test_densenet_channels():
+    with torch.device("meta"):
+        network = make_network("densenet100")
+        # 10 in the stem, 3·5 more a block, rounded down in between: 25 → 7, 22 → 6, 21
+        assert make_network("densenet-22-5", compression=0.3).classifier.in_features == 21
+    # 24 in the stem, 16·12 more a block, half of them kept in between: 216 → 108, 300 → 150, 342
+    assert [layer.conv.out_channels for layer in network.features if isinstance(layer, Transition)] == [108, 150]
+    assert sum(isinstance(layer, Bottleneck) for layer in network.features) == 48
+    assert network.classifier.in_features == 342
+
+
 def stds_close(weight: torch.Tensor, std: float) -> bool:
     # The standard error of a normal sample's standard deviation is σ/√(2n).
     return abs(weight.std().item() / std - 1) < 5 / math.sqrt(2 * weight.numel())
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
-@pytest.mark.parametrize(("name", "fan"), [("plain-5-12", "in"), ("vgg-11", "out"), ("resnet-8", "out")])
+@pytest.mark.parametrize(
+    ("name", "fan"), [("plain-5-12", "in"), ("vgg-11", "out"), ("resnet-8", "out"), ("densenet-16-8", "out")]
+)
 def test_default_weights(name, fan, activation):
     network = make_network(name, activation=activation)
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             channels = layer.in_channels if fan == "in" else layer.out_channels
-            assert stds_close(layer.weight, gain_of(activation) / math.sqrt(9 * channels))
+            taps = layer.weight[0, 0].numel()
+            assert stds_close(layer.weight, gain_of(activation) / math.sqrt(taps * channels))
             assert not layer.bias.any()
     assert not network.classifier.bias.any()
     if name == "vgg-11":
@@ -289,6 +332,7 @@ def test_every_listed_name_builds():
 
 def test_names_with_sizes():
     with torch.device("meta"):
+        assert make_network("densenet-40-24").features[0].out_channels == 48
         wide = make_network("wrn-28-10")
         assert len(wide.blocks) == 12
         assert wide.classifier.in_features == 640
@@ -309,6 +353,9 @@ def test_names_with_sizes():
         ("resnet20", {"branch": "skipinit", "batch_norm": True}, r"ResNet: .* replaces normalisation, got batch_norm"),
         ("wrn-27-1", {}, r"WideResNet: `depth` must be 6n \+ 4 with n ≥ 1, got 27"),
         ("wrn-16-0", {}, r"WideResNet: `widen` must be at least 1, got 0"),
+        ("densenet-99-12", {}, r"DenseNet: `depth` must be 6n \+ 4 with n ≥ 1, got 99"),
+        ("densenet-10-0", {}, r"DenseNet: `growth` must be at least 1 and .* got 0 and 0.5"),
+        ("densenet100", {"compression": 0.0}, r"DenseNet: .* `compression` in \(0, 1\], got 12 and 0.0"),
         ("vgg-12", {}, r"VGG: `depth` must be one of 11, 13, 16, 19, got 12"),
         ("plain", {"depth": 1}, r"PlainNet: `depth` must be at least 2 and `stages` at least 1, got 1 and 3"),
     ],

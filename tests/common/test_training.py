@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from common.functional import classification_loss
-from common.training import TrainingConfig, classification_metrics, learning_rate_at, train
+from common.training import TrainingConfig, classification_metrics, learning_rate_at, make_optimizer, train
 
 STEPS = 3  # an epoch
 
@@ -79,6 +79,120 @@ def test_schedule():
 def test_every_wrong_schedule_is_caught(mutant):
     with pytest.raises(AssertionError):
         check_schedule(SCHEDULES[mutant])
+
+
+def check_other_schedules(learning_rate_at) -> None:
+    # 20 steps, 4 of them warm-up: ¼ … 1 of 0.8, then 16 steps
+    def rates(schedule: str, warmup: float = 0.2) -> list[float]:
+        config = TrainingConfig(epochs=4, learning_rate=0.8, warmup=warmup, schedule=schedule)
+        return [learning_rate_at(step, 20, config) for step in range(20)]
+
+    rising = [0.2, 0.4, 0.6, 0.8]
+    assert rates("constant") == pytest.approx([*rising, *[0.8] * 16], rel=1e-12)
+    assert rates("linear") == pytest.approx([*rising, *(0.8 * left / 16 for left in range(16, 0, -1))], rel=1e-12)
+    # √(W/t) with t counted from 1, so that the warm-up's last step is its first: t = 16 is half of t = 4
+    assert rates("inverse_sqrt") == pytest.approx([*rising, *(0.8 * math.sqrt(4 / t) for t in range(5, 21))], rel=1e-12)
+    assert rates("inverse_sqrt")[15] == pytest.approx(0.4, rel=1e-12)
+    assert rates("constant", 0.0) == [0.8] * 20
+    assert rates("linear", 0.0)[:2] == pytest.approx([0.8, 0.76], rel=1e-12)
+    assert rates("inverse_sqrt", 0.0)[:4:3] == pytest.approx([0.8, 0.4], rel=1e-12)
+
+
+def wrong(schedule: str, rate):
+    """`learning_rate_at`, but for what follows the warm-up of one schedule: lr · rate(W, total, step)."""
+
+    def mutant(step: int, total: int, config: TrainingConfig) -> float:
+        warm = round(config.warmup * total)
+        if config.schedule != schedule or step < warm:
+            return learning_rate_at(step, total, config)
+        return config.learning_rate * rate(warm, total, step)
+
+    return mutant
+
+
+OTHER_SCHEDULES = {
+    "linear over all steps": wrong("linear", lambda W, total, step: 1 - step / total),
+    "linear off by one": wrong("linear", lambda W, total, step: 1 - (step + 1 - W) / (total - W)),
+    "constant falls": wrong("constant", lambda W, total, step: 1 - (step - W) / total),
+    "no root": wrong("inverse_sqrt", lambda W, total, step: max(W, 1) / (step + 1)),
+    "root off by one": wrong("inverse_sqrt", lambda W, total, step: math.sqrt(max(W, 1) / max(step, 1))),
+    "root of all steps": wrong("inverse_sqrt", lambda W, total, step: 1 / math.sqrt(step + 1)),
+    "root from the warm-up's end": wrong("inverse_sqrt", lambda W, total, step: 1 / math.sqrt(step + 1 - W)),
+}
+
+
+def test_other_schedules():
+    check_other_schedules(learning_rate_at)
+
+
+@pytest.mark.parametrize("mutant", OTHER_SCHEDULES)
+def test_every_other_wrong_schedule_is_caught(mutant):
+    with pytest.raises(AssertionError):
+        check_other_schedules(OTHER_SCHEDULES[mutant])
+
+
+# ---------------------------------------------------------------------------------------------- the optimiser
+# names of make_model: 0 linear, 1 BatchNorm, 3 linear
+GROUPED = {"no_decay": ("1.*", "0.bias"), "lr_factors": (("3.bias", 0.1), ("*.bias", 0.5))}
+DECAYED = {"0.weight": 1, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 1, "3.bias": 1}
+FACTORS = {"0.weight": 1.0, "0.bias": 0.5, "1.weight": 1.0, "1.bias": 0.5, "3.weight": 1.0, "3.bias": 0.1}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_optimisers_and_groups_by_their_formulas(optimizer):
+    config = TrainingConfig(
+        epochs=2,
+        learning_rate=0.03,
+        momentum=0.8,
+        weight_decay=0.2,
+        optimizer=optimizer,
+        betas=(0.7, 0.95),
+        schedule="linear",
+        **GROUPED,
+    )
+    model, twin = make_model(), make_model()
+    run(model, config)
+
+    m = {name: torch.zeros_like(leaf) for name, leaf in twin.named_parameters()}
+    v = copy.deepcopy(m)
+    steps = [batch for epoch in range(2) for batch in batches(epoch)]
+    for t, batch in enumerate(steps, 1):
+        loss = classification_loss(twin, batch)
+        gradients = dict(zip(m, torch.autograd.grad(loss, list(twin.parameters())), strict=True))
+        with torch.no_grad():
+            for name, leaf in twin.named_parameters():
+                g, rate, decay = gradients[name], FACTORS[name] * 0.03 * (1 - (t - 1) / 6), 0.2 * DECAYED[name]
+                if optimizer == "adamw":
+                    leaf *= 1 - rate * decay
+                else:
+                    g = g + decay * leaf
+                if optimizer == "sgd":
+                    m[name] = 0.8 * m[name] + g
+                    leaf -= rate * m[name]
+                else:
+                    m[name], v[name] = 0.7 * m[name] + 0.3 * g, 0.95 * v[name] + 0.05 * g**2
+                    leaf -= rate * (m[name] / (1 - 0.7**t)) / ((v[name] / (1 - 0.95**t)).sqrt() + 1e-8)
+    for name, leaf in twin.named_parameters():
+        assert_close(dict(model.named_parameters())[name], leaf, rtol=1e-9, atol=1e-12)
+
+
+def test_the_default_optimiser_is_one_group_of_plain_sgd():
+    # a checkpoint of a plain run holds what it has always held
+    model = make_model()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    assert make_optimizer(model, TrainingConfig(epochs=1)).state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "lion"}, r"TrainingConfig: `optimizer` must be one of sgd, adam, adamw, got 'lion'"),
+        ({"schedule": "step"}, r"TrainingConfig: `schedule` must be one of cosine, .*, inverse_sqrt, got 'step'"),
+    ],
+)
+def test_unknown_choices(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(epochs=1, **options)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -158,8 +272,9 @@ def test_bfloat16_is_the_arithmetic_not_the_parameters():
 
 # ---------------------------------------------------------------------------------------------- resuming
 @pytest.mark.parametrize("stopped_in", [1, 2])
-def test_a_resumed_run_is_bit_identical(tmp_path, stopped_in):
-    config = TrainingConfig(epochs=4, learning_rate=0.2, warmup=0.2, clip_norm=1.0)
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", **GROUPED}], ids=["sgd", "adamw, groups"])
+def test_a_resumed_run_is_bit_identical(tmp_path, stopped_in, options):
+    config = TrainingConfig(epochs=4, learning_rate=0.2, warmup=0.2, clip_norm=1.0, **options)
     whole = make_model()
     expected = run(whole, config)
 
@@ -216,6 +331,16 @@ def test_divergence_is_a_result(tmp_path):
     assert len(result.history) == 2  # the epochs that are left do not run
     assert math.isfinite(result.history[0]["train_loss"])
     assert not math.isfinite(result.history[1]["train_loss"])
+
+
+def test_a_bound_on_the_training_loss():
+    losses = [epoch["train_loss"] for epoch in run(make_model(), TrainingConfig(epochs=4)).history]
+    above = run(make_model(), TrainingConfig(epochs=4, diverged_above=losses[0] - 1e-9))
+    assert above.diverged
+    assert len(above.history) == 1
+    at = run(make_model(), TrainingConfig(epochs=4, diverged_above=max(losses)))
+    assert not at.diverged
+    assert len(at.history) == 4
 
 
 def check_metrics(classification_metrics) -> None:
