@@ -1,7 +1,7 @@
 """Table, sentences and figure of `reproduce.gradinit_cifar10`, from its records alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +204,11 @@ def draw_scales(axes: Axes, scales: dict[str, float], kinds: dict[str, str]) -> 
     axes.legend(frameon=False, fontsize=7)
 
 
-def draw_variance(axes: Axes, record: dict[str, Any]) -> None:
-    """Relative gradient variance per tensor, before (open) and after (filled), biases left out."""
+def draw_variance(axes: Axes, record: dict[str, Any], styles: Mapping[str, tuple[str, str]] = KINDS) -> None:
+    """Relative gradient variance per tensor, before (open) and after (filled), biases left out; by kind in `styles`."""
     kinds = record["kinds"]
     names = [name for name in record["variance_before"] if kinds[name] != "bias"]
-    for kind, (colour, marker) in KINDS.items():
+    for kind, (colour, marker) in styles.items():
         for when, filled in (("before", "none"), ("after", colour)):
             values = record[f"variance_{when}"]
             points = [(i, values[name]) for i, name in enumerate(names, start=1) if kinds[name] == kind]
@@ -221,11 +221,11 @@ def draw_variance(axes: Axes, record: dict[str, Any]) -> None:
                     markerfacecolor=filled,
                     markersize=4,
                     linestyle="none",
-                    label=f"{kind}, {when}",
+                    label=kind if filled != "none" else None,
                 )
     _log_scale(axes)
     axes.set(xlabel="tensor, from input to output", ylabel="mean ‖g − ḡ‖² / ‖ḡ‖² over minibatches")
-    axes.set_title("Gradient variance (first seed)", loc="left")
+    axes.set_title("Gradient variance before (open) and after (filled)", loc="left")
     axes.legend(frameon=False, fontsize=7)
 
 

@@ -1,0 +1,508 @@
+"""Can the original Transformer be trained without warm-up after GradInit, and over how wide a range of learning rates?
+
+The Post-LN Transformer on German-English: its default initialisation, without and with warm-up, and after GradInit;
+beside it T-Fixup (no normalisation) and Pre-LN with warm-up. Adam and SGD, each over a grid of peak learning rates.
+
+    python -m reproduce.gradinit_multi30k [--preset smoke|quick|paper] [--data-dir FOLDER] [--output FOLDER]
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import sacrebleu
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from common.functional import load_parameters_, parameters_of, pure_loss
+from common.initializers import tfixup_, transformer_
+from common.networks import Transformer
+from common.precision import full_precision
+from common.record import Run, device_name, open_run, write_environment
+from common.training import TrainingConfig, train
+from common.translation import translation_loss, translation_metrics
+from common.types import Batch, NotFiniteError
+from data import (
+    BOS,
+    EOS,
+    EncodedPair,
+    Subwords,
+    TranslationData,
+    bucketed_batches,
+    encode_pairs,
+    evaluation_text_batches,
+    load_translation,
+    train_subwords,
+)
+from papers.gradinit import gradinit, relative_gradient_variance
+from reproduce.command import end_well, make_progress, parse
+from reproduce.gradinit_multi30k_report import best_learning_rate, print_report, save_figure, summarise
+
+EXPERIMENT = "gradinit_multi30k"
+OptimizerName = Literal["adam", "sgd"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to begin, and what is done besides."""
+
+    name: str
+    norm: Literal["post", "pre", "none"] = "post"
+    gradinit: bool = False
+    warmup: bool = False
+    carries_claim: bool = False
+
+
+ARMS = (
+    Arm("Post-LN", carries_claim=True),
+    Arm("Post-LN + GradInit", gradinit=True, carries_claim=True),
+    Arm("T-Fixup", norm="none"),
+    Arm("Post-LN, warm-up", warmup=True),
+    Arm("Pre-LN, warm-up", norm="pre", warmup=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options. A preset sets them all; each can be overridden."""
+
+    preset: Literal["smoke", "quick", "paper"] = "quick"
+    """smoke: seconds. quick: minutes on two cores, a small Transformer. paper: the released recipe, for a GPU."""
+    data: Literal["auto", "multi30k", "iwslt14", "reversed"] = "auto"
+    """auto: Multi30k from the folder, the Hugging Face cache or the hub, or else embedded sentences to be reversed."""
+    data_dir: Path | None = None
+    """Folder that holds multi30k/train-*.parquet and so on. Default: the variable LEARNED_INIT_DATA."""
+    output: Path | None = None
+    """Run folder; one that was cut off is resumed. Default: a new one under runs/."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    quiet: bool = False
+    """No progress on standard error."""
+
+    train_sentences: int | None = None
+    """Training pairs; None: all."""
+    validation_sentences: int | None = None
+    """Validation pairs; None: all."""
+    test_sentences: int | None = None
+    """Test pairs, on which BLEU is measured; None: all."""
+    vocabulary_size: int = 10_000
+    """Sub-words of both languages together. Ours."""
+    max_length: int = 100
+    """Sub-words of a sentence, special ones included; longer training pairs are left out, others cut."""
+
+    dim: int = 512
+    """Channels; released."""
+    feedforward: int = 1024
+    """Channels between the two layers of a network; released."""
+    heads: int = 4
+    """Attention heads; released."""
+    layers: int = 6
+    """Layers of the encoder, and of the decoder; released."""
+    dropout: float = 0.3
+    """Released, with 0.1 inside of attention and networks."""
+
+    eta: float = 1e-3
+    """GradInit for Adam: look-ahead step; released."""
+    gamma: float = 1000.0
+    """GradInit for Adam: bound on the gradient's l1 norm; released."""
+    sgd_eta: float = 0.1
+    """GradInit for SGD: normalised look-ahead step. Not released for translation; that of CIFAR-10."""
+    sgd_gamma: float = 1.0
+    """GradInit for SGD: bound on the gradient's l2 norm. As above."""
+    meta_learning_rate: float = 2.5e-3
+    """GradInit: τ; released."""
+    steps: int = 780
+    """GradInit: T; released."""
+    meta_tokens: int = 6000
+    """GradInit: tokens of a batch, of which S and S̃ are two thirds each; released."""
+    variance_batches: int = 16
+    """Minibatches over which the gradient's variance is taken, first seed. Ours."""
+
+    optimizers: tuple[OptimizerName, ...] = ("adam", "sgd")
+    """Each with its own grid."""
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+    """Peak learning rates for Adam. 5e-4 is the released one; the grid is ours."""
+    sgd_learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    """Peak learning rates for SGD with momentum 0.9. Ours."""
+    seeds: int = 3
+    """Seeds of the arms that carry the claim, at their best learning rate; the grid runs with the first."""
+    updates: int = 100_000
+    """Released, for IWSLT'14."""
+    evaluations: int = 20
+    """Validations in a run, evenly spaced."""
+    max_tokens: int = 4096
+    """Tokens of a training batch; released."""
+    label_smoothing: float = 0.1
+    """In training and in GradInit; released."""
+    weight_decay: float = 1e-4
+    """Decoupled for Adam; released."""
+    warmup: float = 0.04
+    """Share of the updates that the warm-up arms warm up over: 4000 of 100 000."""
+    beam: int = 5
+    """Of the search for translations; released."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the training; initialisation is float32 always."""
+
+
+PRESETS = {
+    "smoke": Config(
+        preset="smoke",
+        train_sentences=120,
+        validation_sentences=20,
+        test_sentences=8,
+        vocabulary_size=400,
+        max_length=60,
+        dim=16,
+        feedforward=32,
+        heads=2,
+        layers=1,
+        steps=4,
+        meta_tokens=300,
+        meta_learning_rate=0.05,
+        variance_batches=2,
+        learning_rates=(1e-3, 1e-2),
+        sgd_learning_rates=(0.1,),
+        seeds=2,
+        updates=4,
+        evaluations=2,
+        max_tokens=300,
+        warmup=0.25,
+        beam=2,
+    ),
+    "quick": Config(
+        preset="quick",
+        train_sentences=6_000,
+        validation_sentences=200,
+        test_sentences=100,
+        vocabulary_size=2_000,
+        max_length=60,
+        dim=64,
+        feedforward=128,
+        dropout=0.1,
+        steps=40,
+        meta_tokens=1200,
+        meta_learning_rate=0.03,
+        variance_batches=8,
+        learning_rates=(1e-3, 3e-3, 1e-2),
+        sgd_learning_rates=(0.1, 0.3, 1.0),
+        updates=80,
+        evaluations=4,
+        max_tokens=800,
+        warmup=0.2,
+        beam=1,
+    ),
+    "paper": Config(preset="paper", precision="bfloat16"),
+}
+
+
+# ---------------------------------------------------------------------------------------------- data
+@dataclass(frozen=True)
+class Corpus:
+    """Everything of the data that a run needs, as sub-words."""
+
+    data: TranslationData
+    subwords: Subwords
+    train: list[EncodedPair]
+    validation: list[EncodedPair]
+    test: list[EncodedPair]
+    unigram_loss: float
+    """Validation loss, nats a token, of a model that knows nothing but how often each token occurs."""
+
+
+def prepare(config: Config) -> Corpus:
+    """Load, learn the sub-words from the training pairs, encode."""
+    data = load_translation(
+        config.data,
+        data_dir=config.data_dir,
+        train=config.train_sentences,
+        validation=config.validation_sentences,
+        test=config.test_sentences,
+    )
+    subwords = train_subwords(data, config.vocabulary_size)
+    training = encode_pairs(subwords, data.train, config.max_length, overlong="drop")
+    validation, test = (encode_pairs(subwords, part, config.max_length) for part in (data.validation, data.test))
+    return Corpus(
+        data, subwords, training, validation, test, unigram_loss(training, validation, subwords.vocabulary_size)
+    )
+
+
+def unigram_loss(training: Sequence[EncodedPair], validation: Sequence[EncodedPair], vocabulary_size: int) -> float:
+    """−mean log p(token) with p from the training targets' counts, one added to each; EOS is a token like others."""
+    counts = Counter(token for _, target in training for token in (*target, EOS))
+    total = counts.total() + vocabulary_size
+    tokens = [token for _, target in validation for token in (*target, EOS)]
+    return -sum(math.log((counts[token] + 1) / total) for token in tokens) / len(tokens)
+
+
+def endless_batches(corpus: Corpus, max_tokens: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Pass after pass over the training pairs, each in a new order: a function of the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from bucketed_batches(corpus.train, max_tokens, generator=generator, device=device)
+
+
+# ---------------------------------------------------------------------------------------------- one unit of work
+def loss_fn(config: Config) -> Callable[[nn.Module, Batch], Tensor]:
+    return lambda model, batch: translation_loss(model, batch, label_smoothing=config.label_smoothing)
+
+
+def initialise(config: Config, arm: Arm, seed: int, corpus: Corpus, device: torch.device) -> Transformer:
+    """The arm's network as it starts, before GradInit: a function of its arguments alone."""
+    model = Transformer(
+        corpus.subwords.vocabulary_size,
+        dim=config.dim,
+        feedforward=config.feedforward,
+        heads=config.heads,
+        encoder_layers=config.layers,
+        decoder_layers=config.layers,
+        norm=arm.norm,
+        dropout=config.dropout,
+    )
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
+    (tfixup_ if arm.norm == "none" else transformer_)(model, generator=generator)
+    return model.to(device)
+
+
+def run_initialisation(
+    config: Config, arm: Arm, optimizer: OptimizerName, seed: int, corpus: Corpus, device: torch.device,
+    on_step: Callable[[dict[str, float]], None],
+) -> dict[str, Any]:  # fmt: skip
+    model = initialise(config, arm, seed, corpus, device)
+    if not arm.gradinit:
+        return {"seconds": 0.0}
+    record: dict[str, Any] = {}
+    if seed == 0:
+        record["variance_before"] = variance_of(config, model, corpus, device)
+    for_adam = {
+        "step": "adam", "eta": config.eta, "gamma": config.gamma, "clip": None, "betas": (0.9, 0.98),
+        "shared_second_moment": False,
+    }  # fmt: skip
+    for_sgd = {"step": "normalized_sgd", "eta": config.sgd_eta, "gamma": config.sgd_gamma}
+    start = time.perf_counter()
+    try:
+        result = gradinit(
+            model,
+            loss_fn(config),
+            endless_batches(corpus, config.meta_tokens, 900_000_000 + seed, device),
+            steps=config.steps,
+            lr=config.meta_learning_rate,
+            bounds={"norm": (0.01, 100.0)},  # as released for translation
+            pairs="thirds",
+            on_step=on_step,
+            progress=False,
+            **(for_adam if optimizer == "adam" else for_sgd),
+        )
+    except NotFiniteError as error:  # a result
+        return record | {"seconds": time.perf_counter() - start, "failed": str(error)}
+    record |= {
+        "seconds": time.perf_counter() - start,
+        "scales": result.scales,
+        "skipped": result.skipped,
+        "history": result.history,
+    }
+    if seed == 0:
+        record["variance_after"] = variance_of(config, model, corpus, device)
+    return record
+
+
+def variance_of(config: Config, model: nn.Module, corpus: Corpus, device: torch.device) -> dict[str, float]:
+    stream = endless_batches(corpus, config.max_tokens, 77, device)
+    with full_precision(device):
+        return relative_gradient_variance(
+            pure_loss(model, loss_fn(config), exact=False),
+            parameters_of(model),
+            islice(stream, config.variance_batches),
+        )
+
+
+def run_training(
+    config: Config, arm: Arm, optimizer: OptimizerName, learning_rate: float, seed: int, corpus: Corpus,
+    device: torch.device, start: dict[str, Any], checkpoint: Path, on_epoch: Callable[[dict[str, float]], None],
+) -> dict[str, Any]:  # fmt: skip
+    model = initialise(config, arm, seed, corpus, device)
+    params = parameters_of(model)
+    scales = start.get("scales", {})
+    load_parameters_(model, {name: params[name].new_tensor(scale) * params[name] for name, scale in scales.items()})
+    steps = config.updates // config.evaluations
+    recipe = TrainingConfig(
+        epochs=config.evaluations,
+        learning_rate=learning_rate,
+        optimizer="adamw" if optimizer == "adam" else "sgd",
+        betas=(0.9, 0.98),
+        weight_decay=config.weight_decay,
+        schedule="linear",
+        warmup=config.warmup if arm.warmup else 0.0,
+        precision=config.precision,
+    )
+    validation = [batch for batch, _ in evaluation_text_batches(corpus.validation, 4096, device=device)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # dropout's
+        result = train(
+            model,
+            loss_fn(config),
+            # a function of seed and part alone: every arm of a seed sees the same sentences in the same order
+            lambda part: islice(endless_batches(corpus, config.max_tokens, 1_000_003 * seed + part, device), steps),
+            lambda model: translation_metrics(model, validation),
+            steps_per_epoch=steps,
+            config=recipe,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+    final = result.history[-1]["validation_loss"]
+    # a model that has learnt less than how often each word occurs has not been trained
+    failed = result.diverged or not final < corpus.unigram_loss
+    record = {"history": result.history, "diverged": result.diverged, "failed_run": failed, "seconds": result.seconds}
+    return record | {"bleu": 0.0 if failed else bleu_of(config, model, corpus, device)}
+
+
+@torch.no_grad()
+def bleu_of(config: Config, model: Transformer, corpus: Corpus, device: torch.device) -> float:
+    """sacreBLEU of the test pairs' translations against the text as it stands."""
+    translations: dict[int, str] = {}
+    for batch, rows in evaluation_text_batches(corpus.test, 4096, device=device):
+        longest = min(int(1.2 * batch["source"].shape[1]) + 10, config.max_length)  # released: 1.2 times, plus 10
+        tokens = model.generate(batch["source"], bos=BOS, eos=EOS, max_length=longest, beam=config.beam)
+        translations |= {row: corpus.subwords.decode(own.tolist()) for row, own in zip(rows, tokens, strict=True)}
+    hypotheses = [translations[row] for row in range(len(corpus.test))]
+    return sacrebleu.corpus_bleu(hypotheses, [[target for _, target in corpus.data.test]]).score
+
+
+# ---------------------------------------------------------------------------------------------- the run
+def check_config(config: Config) -> None:
+    """Mistakes that would otherwise show after minutes of work."""
+    positive = (
+        "steps",
+        "meta_learning_rate",
+        "eta",
+        "gamma",
+        "sgd_eta",
+        "sgd_gamma",
+        "seeds",
+        "updates",
+        "evaluations",
+    )
+    for name in (*positive, "max_tokens", "meta_tokens", "beam", "layers"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{EXPERIMENT}: `{name}` must be positive, got {getattr(config, name)}.")
+    if config.updates % config.evaluations:
+        raise ValueError(
+            f"{EXPERIMENT}: `updates` must be a multiple of `evaluations`, got {config.updates} and "
+            f"{config.evaluations}."
+        )
+    if config.variance_batches < 2:
+        raise ValueError(f"{EXPERIMENT}: `variance_batches` must be at least 2, got {config.variance_batches}.")
+    if not config.optimizers:
+        raise ValueError(f"{EXPERIMENT}: `optimizers` must name one, got none.")
+    for optimizer in config.optimizers:
+        rates = rates_of(config, optimizer)
+        if not rates or min(rates) <= 0:
+            raise ValueError(
+                f"{EXPERIMENT}: learning rates must be positive, one or more, got {rates} for {optimizer}."
+            )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+
+
+def rates_of(config: Config, optimizer: OptimizerName) -> tuple[float, ...]:
+    return config.learning_rates if optimizer == "adam" else config.sgd_learning_rates
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
+    check_config(config)
+    console = Console()
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
+    # the numbers do not depend on where the data and the folder are, nor on what is shown
+    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
+    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
+    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    corpus = prepare(config)
+    write_environment(folder, corpus.data.record(), device)
+    console.print(f"Data: {corpus.data.identity}.")
+    console.print(
+        f"{corpus.subwords.vocabulary_size:,} sub-words; {len(corpus.train):,} training pairs of at most "
+        f"{config.max_length}. A model that knows word frequencies alone: {corpus.unigram_loss:.2f} nats a token."
+    )
+    console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    with make_progress(quiet=config.quiet) as progress:
+        compute(config, folder, corpus, device, progress)
+    save_scales(folder)
+    environment = {
+        "data": corpus.data.identity,
+        "device": device_name(device),
+        "unigram_loss": corpus.unigram_loss,
+        "model": f"{config.layers}+{config.layers} layers of {config.dim} channels, {config.updates} updates",
+    }
+    summary = summarise(folder.records, [arm.name for arm in ARMS], config.optimizers) | environment
+    save_figure(folder.folder / "figure.png", folder.records, summary)
+    print_report(console, summary)
+    folder.finish(summary)
+    console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
+    return summary
+
+
+def compute(config: Config, folder: Run, corpus: Corpus, device: torch.device, progress: Progress) -> None:
+    """Each unit of work is a function of the configuration, recorded when it is whole: so a run can be resumed."""
+    work: list[tuple[int, OptimizerName, Arm]] = [
+        (seed, optimizer, arm)
+        for seed in range(config.seeds)
+        for optimizer in config.optimizers
+        for arm in ARMS
+        if seed == 0 or arm.carries_claim
+    ]
+    bar = progress.add_task("starting", total=float(len(work)))
+    best: dict[tuple[str, str], float] = {}
+    for done, (seed, optimizer, arm) in enumerate(work, start=1):
+        key = {"optimizer": optimizer, "arm": arm.name, "seed": seed}
+        label = f"{arm.name}, {optimizer}, seed {seed}"
+        progress.update(bar, description=f"{label}: initialise")
+        start = folder.find(kind="initialisation", **key)
+        if start is None:
+            tick = lambda _: progress.advance(bar, 0.2 / config.steps)  # noqa: E731
+            record = run_initialisation(config, arm, optimizer, seed, corpus, device, tick)
+            start = folder.append({"kind": "initialisation"} | key | record)
+        if "failed" not in start:
+            rates = (best[optimizer, arm.name],) if (optimizer, arm.name) in best else rates_of(config, optimizer)
+            trained = []
+            for rate in rates:
+                progress.update(bar, description=f"{label}: train at {rate:g}")
+                record = folder.find(kind="training", learning_rate=rate, **key)
+                if record is None:
+                    checkpoint = folder.folder / f"{optimizer}-{ARMS.index(arm)}-{seed}-{rate:g}.checkpoint"
+                    record = folder.append(
+                        {"kind": "training", "learning_rate": rate}
+                        | key
+                        | run_training(
+                            config, arm, optimizer, rate, seed, corpus, device, start, checkpoint, lambda _: None
+                        )
+                    )
+                progress.advance(bar, 0.7 / len(rates))
+                trained.append(record)
+            best.setdefault((optimizer, arm.name), best_learning_rate(trained))
+        progress.update(bar, completed=float(done))
+
+
+def save_scales(folder: Run) -> None:
+    """New norm over old for every tuned tensor: `optimizer/arm/seed/tensor`."""
+    scales: dict[str, Tensor] = {}
+    for record in folder.records:
+        prefix = f"{record['optimizer']}/{record['arm']}/{record['seed']}/"
+        scales |= {prefix + name: torch.tensor(scale) for name, scale in record.get("scales", {}).items()}
+    folder.save_tensors("scales", scales, {"format": "learned-init scales 1", "method": "gradinit"})
+
+
+def main() -> None:
+    end_well(lambda: run(parse(PRESETS, __doc__ or "")))
+
+
+if __name__ == "__main__":
+    main()
