@@ -27,10 +27,10 @@ def paired_interval(
     return float(interval.low), float(interval.high)
 
 
-def percent(values: Sequence[float]) -> str:
+def percent(values: Sequence[float], digits: int = 1) -> str:
     """`45.1 ± 0.8`: mean and standard deviation in percent; no deviation for a single value."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{100 * mean:.1f}" if math.isnan(deviation) else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+    mean, deviation = (100 * value for value in mean_and_deviation(values))
+    return f"{mean:.{digits}f}" if math.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def compare(arm: str, other: str, after: Mapping[int, float], before: Mapping[int, float]) -> dict[str, Any]:

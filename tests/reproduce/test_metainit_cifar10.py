@@ -1,12 +1,9 @@
 """The command end to end, from a subprocess: complete, cut off and resumed, and what it says to mistakes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,29 +16,11 @@ from reproduce import metainit_cifar10 as module
 from reproduce.images import epochs_of
 from reproduce.metainit_cifar10 import ARMS, PRESETS, run
 from reproduce.statistics import conclude
-from tests.conftest import ROOT
+from tests.reproduce import commands
+from tests.reproduce.commands import records_of, whole_lines
 
-COMMAND = [
-    *(sys.executable, "-m", "reproduce.metainit_cifar10", "--preset", "smoke", "--device", "cpu", "--quiet"),
-    *("--epochs", "3"),  # so that there is something between epochs to resume from
-]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-ENVIRONMENT.pop("LEARNED_INIT_DATA", None)
-
-
-def run_command(*options: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *options], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-def records_of(folder: Path) -> list[dict]:
-    """The records, without what a clock put there."""
-
-    def timeless(value):
-        if isinstance(value, dict):
-            return {key: timeless(item) for key, item in value.items() if key != "seconds"}
-        return [timeless(item) for item in value] if isinstance(value, list) else value
-
-    return [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+# so that there is something between epochs to resume from
+run_command = partial(commands.run_command, "metainit_cifar10", "--epochs", "3")
 
 
 pytestmark = pytest.mark.xdist_group("reproduce")  # one worker, so that the complete run below is made once
@@ -106,36 +85,26 @@ def test_norms_after_are_norms_before_times_scales(complete):
 def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path, sign):
     folder = tmp_path / "run"
     options = ["--data", "digits", "--output", str(folder)]
-    process = subprocess.Popen(
-        [*COMMAND, *options], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5 and list(folder.glob("*.checkpoint"))):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(sign)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    status, errors = commands.run_until(
+        "metainit_cifar10", "--epochs", "3", *options,
+        is_time=lambda: whole_lines(metrics) >= 5 and bool(list(folder.glob("*.checkpoint"))), sign=sign,
+    )  # fmt: skip
+    assert status != 0
     assert "Traceback" not in errors
     if sign == signal.SIGINT:
-        assert process.returncode == 130
+        assert status == 130
         assert "goes on from here" in errors
     assert not Run(folder, []).is_complete
     with metrics.open("a", encoding="utf-8") as file:
         file.write('{"kind": "training", "arm": "Kaim')  # a line that was being written
-    finished_before = len(records_of_whole_lines(metrics))
+    finished_before = whole_lines(metrics)
     assert finished_before < len(records_of(complete[0]))
     done = run_command(*options)
     assert done.returncode == 0, done.stderr
     assert Run(folder, []).is_complete
     assert records_of(folder) == records_of(complete[0])
     assert not list(folder.glob("*.checkpoint"))
-
-
-def records_of_whole_lines(path: Path) -> list[str]:
-    return path.read_text("utf-8").split("\n")[:-1]
 
 
 def test_a_complete_run_asked_for_again_computes_nothing(complete):

@@ -1,0 +1,251 @@
+"""Does it matter that GradInit takes its look-ahead step for a constant? First-order against exact scale gradients.
+
+The meta-optimiser normalises each multiplier's gradient by itself, so its *sign* is what counts. At initialisation, on
+networks with and without BatchNorm, over sizes η of the step: how often do both signs agree? And how far off, by the
+same measures, is the finite-difference engine on the constraint?
+
+    python -m reproduce.gradinit_exactness [--preset smoke|quick|paper] [--data-dir FOLDER] [--output FOLDER]
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from common.functional import parameters_of, pure_loss
+from common.networks import make_network
+from common.precision import full_precision
+from common.record import Run, device_name, open_run, write_environment
+from common.scales import scalable_tensors
+from data import ImageData, load_images, sample_batches
+from papers.gradinit import batch_pairs, scale_gradients
+from reproduce.command import end_well, make_progress, parse
+from reproduce.statistics import mean_and_deviation, percent
+
+EXPERIMENT = "gradinit_exactness"
+Records = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options. A preset sets them all; each can be overridden."""
+
+    preset: Literal["smoke", "quick", "paper"] = "quick"
+    """smoke: seconds. quick: two minutes on two cores. paper: the paper's networks, and more seeds."""
+    data: Literal["auto", "cifar10", "cifar100", "digits", "noise"] = "auto"
+    """auto: CIFAR-10 from the folder, the Hugging Face cache or the hub, or else scikit-learn's embedded digits."""
+    data_dir: Path | None = None
+    """Folder that holds cifar10/train-*.parquet and test-*.parquet. Default: the variable LEARNED_INIT_DATA."""
+    output: Path | None = None
+    """Run folder; one that was cut off is resumed. Default: a new one under runs/."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    quiet: bool = False
+    """No progress on standard error."""
+
+    networks: tuple[str, ...] = ("plain-8-16", "resnet-20", "vgg11", "wrn-10-2")
+    """Names of common.networks; each without and with BatchNorm."""
+    etas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    """Sizes of the normalised look-ahead step; the released one is 0.1."""
+    batch_size: int = 64
+    """Examples of S, and of S̃, which shares half of them."""
+    seeds: int = 5
+    """Initialisations, each with minibatches of its own."""
+
+
+PRESETS = {
+    "smoke": Config(preset="smoke", networks=("plain-4-4",), etas=(0.1, 1.0), batch_size=8, seeds=2),
+    "quick": Config(preset="quick"),
+    "paper": Config(
+        preset="paper",
+        networks=("vgg19", "resnet110", "densenet100", "wrn-28-10"),
+        batch_size=128,
+        seeds=10,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------- one unit of work
+def agreement(d: Tensor, reference: Tensor) -> dict[str, float]:
+    """How alike two scale gradients are: cosine, share of equal signs, largest difference over the largest entry."""
+    return {
+        "cosine": torch.nn.functional.cosine_similarity(d, reference, dim=0).item(),
+        "same_sign": (d.sign() == reference.sign()).double().mean().item(),
+        "error": ((d - reference).abs().max() / reference.abs().max()).item(),
+    }
+
+
+def measure(config: Config, network: str, seed: int, data: ImageData, device: torch.device) -> list[dict[str, Any]]:
+    """Every comparison of one network as one seed draws it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make_network(
+            network.removesuffix("-bn"), batch_norm=network.endswith("-bn"), num_classes=data.num_classes
+        ).to(device)
+    names, _ = scalable_tensors(model)
+    theta0, loss = parameters_of(model), pure_loss(model, order=2)
+    scales = {name: torch.ones((), device=device) for name in names}
+    generator = torch.Generator().manual_seed(seed)
+    stream = sample_batches(
+        data.train, config.batch_size, mean=data.mean, std=data.std, generator=generator, device=device
+    )
+    S, other = next(batch_pairs(stream))
+    S_tilde = other()
+
+    def slopes(**options: Any) -> Tensor:
+        return torch.stack(list(scale_gradients(loss, theta0, scales, S, S_tilde, **options)[1].values()))
+
+    with full_precision(device):
+        rows = [
+            {"comparison": "step", "eta": eta}
+            | agreement(*(slopes(gamma=math.inf, eta=eta, exact=exact) for exact in (False, True)))
+            for eta in config.etas
+        ]
+        differences, lazy = (slopes(gamma=0.0, engine=engine) for engine in ("finite_difference", "lazy"))
+    return [*rows, {"comparison": "finite difference", "eta": None} | agreement(differences, lazy)]
+
+
+# ---------------------------------------------------------------------------------------------- the run
+def check_config(config: Config) -> None:
+    """Mistakes that would otherwise show after minutes of work."""
+    if config.seeds < 1 or not config.networks:
+        raise ValueError(f"{EXPERIMENT}: `seeds` and `networks` must not be empty, got {config.seeds} and none.")
+    if config.batch_size < 2 or config.batch_size % 2:
+        raise ValueError(f"{EXPERIMENT}: `batch_size` must be even, got {config.batch_size}: S̃ shares half of S.")
+    if not config.etas or not all(eta > 0 for eta in config.etas):
+        raise ValueError(f"{EXPERIMENT}: `etas` must be positive, one or more, got {config.etas}.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    for network in config.networks:
+        with torch.device("meta"):
+            make_network(network)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
+    check_config(config)
+    console = Console()
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
+    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
+    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
+    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    # two minibatches a seed: a thousand examples to draw them from
+    data = load_images(config.data, data_dir=config.data_dir, train=max(1000, 4 * config.batch_size), test=100)
+    write_environment(folder, data.record(), device)
+    console.print(f"Data: {data.identity}.")
+    console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    with make_progress(quiet=config.quiet) as progress:
+        compute(config, folder, lambda network, seed: measure(config, network, seed, data, device), progress)
+    summary = summarise(folder.records) | {"data": data.identity, "device": device_name(device)}
+    save_figure(folder.folder / "figure.png", summary)
+    print_report(console, summary)
+    folder.finish(summary)
+    console.print(f"Records and figure.png: {folder.folder}")
+    return summary
+
+
+def compute(
+    config: Config, folder: Run, work_on: Callable[[str, int], list[dict[str, Any]]], progress: Progress
+) -> None:
+    networks = [network + norm for network in config.networks for norm in ("", "-bn")]
+    bar = progress.add_task("starting", total=len(networks) * config.seeds)
+    for network in networks:
+        for seed in range(config.seeds):
+            progress.update(bar, description=f"{network}, seed {seed}")
+            if folder.find(network=network, seed=seed) is None:
+                folder.append({"network": network, "seed": seed, "comparisons": work_on(network, seed)})
+            progress.advance(bar)
+
+
+# ---------------------------------------------------------------------------------------------- numbers, table, figure
+def summarise(records: Records) -> dict[str, Any]:
+    """For each network and comparison, every seed's numbers."""
+    summary: dict[str, Any] = {"networks": {}}
+    for record in records:
+        rows = summary["networks"].setdefault(record["network"], {})
+        for comparison in record["comparisons"]:
+            label = comparison["comparison"] if comparison["eta"] is None else f"{comparison['eta']:g}"
+            row = rows.setdefault(label, {"cosine": [], "same_sign": [], "error": []})
+            for key in row:
+                row[key].append(comparison[key])
+    return summary
+
+
+def print_report(console: Console, summary: dict[str, Any]) -> None:
+    etas = [label for label in next(iter(summary["networks"].values())) if label != "finite difference"]
+    table = Table(title="\nequal signs, % of tensors", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("network", no_wrap=True)
+    for eta in etas:
+        table.add_column(f"η {eta}", justify="right", no_wrap=True)
+    table.add_column("differences", justify="right", no_wrap=True)
+    for network, rows in summary["networks"].items():
+        # whole percents: nine columns are to fit
+        shares = [percent(rows[label]["same_sign"], digits=0) for label in (*etas, "finite difference")]
+        table.add_row(network, *shares)
+    console.print(table)
+    for title, key in (("cosine", "cosine"), ("largest error / largest entry", "error")):
+        table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        table.add_column("network", no_wrap=True)
+        for eta in etas:
+            table.add_column(f"η {eta}", justify="right", no_wrap=True)
+        table.add_column("differences", justify="right", no_wrap=True)
+        for network, rows in summary["networks"].items():
+            means = [mean_and_deviation(rows[label][key])[0] for label in (*etas, "finite difference")]
+            table.add_row(network, *(f"{mean:.3f}" if key == "cosine" else f"{mean:.1g}" for mean in means))
+        console.print(table)
+    seeds = max(len(row["cosine"]) for rows in summary["networks"].values() for row in rows.values())
+    console.print(
+        f"\nScale gradients at initialisation, mean over {seeds} seeds (± standard deviation). η: the objective, first "
+        "order against exact. differences: the constraint by the engine finite_difference against the exact one.",
+        style="dim",
+    )
+
+
+def save_figure(path: Path, summary: dict[str, Any]) -> None:
+    """Equal signs and cosine against η: a colour a network, dashed with BatchNorm."""
+    colours = dict(
+        zip(dict.fromkeys(name.removesuffix("-bn") for name in summary["networks"]), mpl.colormaps["tab10"].colors)  # noqa: B905  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for axis, key, label in ((axes[0], "same_sign", "equal signs, % of tensors"), (axes[1], "cosine", "cosine")):
+            for network, rows in summary["networks"].items():
+                etas = [eta for eta in rows if eta != "finite difference"]
+                factor = 100 if key == "same_sign" else 1
+                means, deviations = zip(*(mean_and_deviation([factor * v for v in rows[e][key]]) for e in etas))  # noqa: B905
+                axis.errorbar(
+                    [float(eta) for eta in etas], means, [0 if math.isnan(x) else x for x in deviations],
+                    color=colours[network.removesuffix("-bn")], linestyle="--" if network.endswith("-bn") else "-",
+                    marker="o", markersize=3, linewidth=1.4, elinewidth=0.6, label=network,
+                )  # fmt: skip
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set(xlabel="size η of the normalised look-ahead step", ylabel=label)
+        axes[0].set_title("First order against exact (dashed: with BatchNorm)", loc="left")
+        axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.suptitle(f"GradInit at initialisation. {summary['data']}\n{summary['device']}", fontsize=8)
+        partial = path.with_suffix(".partial")
+        figure.savefig(partial, dpi=140, format="png")
+    partial.replace(path)
+
+
+def main() -> None:
+    end_well(lambda: run(parse(PRESETS, __doc__ or "")))
+
+
+if __name__ == "__main__":
+    main()

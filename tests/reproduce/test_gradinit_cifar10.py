@@ -1,0 +1,178 @@
+"""GradInit on images end to end, from a subprocess: complete, cut off and resumed, and what it says to mistakes."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.types import NotFiniteError
+from data import load_images
+from reproduce import gradinit_cifar10 as module
+from reproduce.gradinit_cifar10 import ARMS, PRESETS, RECIPES, Arm, epochs_worth, order_of_work, recipe_of, run
+from reproduce.images import Splits
+from tests.reproduce import commands
+from tests.reproduce.commands import records_of, whole_lines
+
+run_command = partial(commands.run_command, "gradinit_cifar10")
+pytestmark = pytest.mark.xdist_group("reproduce gradinit")
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("complete") / "run"
+    done = run_command("--data", "digits", "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_leaves_its_folder(complete):
+    folder, _ = complete
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "environment.json", "metrics.jsonl", "summary.json", "figure.png", "scales.safetensors"
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    for network in ("resnet-8", "resnet-8-bn"):
+        arms = summary["networks"][network]["arms"]
+        assert list(arms) == [arm.name for arm in ARMS]
+        for arm in ARMS:
+            assert len(arms[arm.name]["best_accuracy"]) == (2 if arm.carries_claim else 1)
+        assert min(arms["own init, longer"]["epochs"]) > max(arms["own init"]["epochs"])
+        assert [c["pairs"] for c in summary["networks"][network]["comparisons"]] == [2, 2, 2]
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_screen_says_what_was_used_and_fits_80_columns(complete):
+    _, screen = complete
+    assert "scikit-learn digits (embedded), 8×8 grey" in " ".join(screen.split())
+    assert all(len(line) <= 80 for line in screen.splitlines())
+    assert "…" not in screen
+    assert all(arm.name in screen for arm in ARMS)
+    assert "GradInit against own init" in " ".join(screen.split())
+
+
+def test_the_records_hold_what_the_figures_are_drawn_from(complete):
+    folder, _ = complete
+    starts = [r for r in records_of(folder) if r["kind"] == "initialisation" and r["arm"] == "GradInit"]
+    assert len(starts) == 4
+    for record in starts:
+        assert set(record["scales"]) | set(record["skipped"]) == set(record["kinds"])
+        assert len(record["history"]) == 4
+        assert record["epochs_worth"] > 0
+        if record["seed"] == 0:
+            assert set(record["variance_before"]) == set(record["variance_after"]) == set(record["kinds"])
+    scales = load_file(folder / "scales.safetensors")
+    for record in starts:
+        for name, scale in record["scales"].items():
+            key = f"{record['network']}/GradInit/{record['seed']}/{name}"
+            assert scales[key].item() == pytest.approx(scale, rel=1e-6)
+
+
+def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path):
+    folder = tmp_path / "run"
+    options = ["--data", "digits", "--output", str(folder)]
+    metrics = folder / "metrics.jsonl"
+    commands.run_until("gradinit_cifar10", *options, is_time=lambda: whole_lines(metrics) >= 7, sign=signal.SIGKILL)
+    assert whole_lines(metrics) < len(records_of(complete[0]))
+    assert run_command(*options).returncode == 0
+    assert records_of(folder) == records_of(complete[0])
+
+
+def test_gradinit_starts_where_its_twin_starts(complete):
+    # the same weights before, and training begins from θ₀ times the recorded scales
+    folder, _ = complete
+    record = next(r for r in records_of(folder) if "scales" in r and r["arm"] == "GradInit")
+    data = load_images("digits", train=128, test=100)
+    splits = Splits(data.train, data.train.take(torch.arange(0)), data.test, data)
+    before = module.initialise(record["network"], record["seed"], splits)
+    after = module.prepared(record["network"], ARMS[1], record["seed"], splits, record)
+    for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(q, p * record["scales"].get(name, 1.0))
+
+
+def test_what_gradinit_costs_is_counted_by_branch_and_forecast():
+    config = PRESETS["smoke"]
+    data = load_images("digits", train=128, test=100)
+    splits = Splits(data.train, data.train.take(torch.arange(0)), data.test, data)
+    recipe = replace(recipe_of(config, "resnet-8"), batch_size=32)
+    history = [{"constraint": float(c)} for c in (0, 1, 1, 0)]
+    # 6F, 11F (not foreseen), 9F, 6F: 32F; an epoch is 4 updates of 3F
+    assert epochs_worth(config, history, recipe, splits) == pytest.approx(32 / 12)
+    rough = replace(config, engine="finite_difference")
+    assert epochs_worth(rough, history, recipe, splits) == pytest.approx(24 / 12)
+    assert epochs_worth(replace(config, exact=True), history, recipe, splits) == pytest.approx(42 / 12)
+
+
+def test_the_claim_is_worked_on_first_seed_by_seed():
+    order = list(order_of_work(PRESETS["acc1"]))
+    claims = [work for work in order if work[2] in ARMS[:2]]
+    assert order[: len(claims)] == claims
+    assert [seed for seed, _, _ in claims] == sorted(seed for seed, _, _ in claims)
+    assert len(order) == len(set(order)) == 4 * (3 * 3 + 3)
+
+
+def test_recipes_are_the_released_ones():
+    paper = PRESETS["paper"]
+    assert recipe_of(paper, "resnet110-bn") == RECIPES["resnet110-bn"]
+    assert {name: (r.lr, r.steps, r.batch_size) for name, r in RECIPES.items()} == {
+        "vgg19": (1e-2, 390, 128), "vgg19-bn": (1e-1, 390, 128), "resnet110": (5e-2, 390, 128),
+        "resnet110-bn": (1e-3, 390, 128), "densenet100": (5e-3, 780, 64), "densenet100-bn": (1e-2, 780, 64),
+        "wrn-28-10-bn": (3e-3, 780, 64),
+    }  # fmt: skip
+    assert recipe_of(replace(paper, steps=5), "vgg19").steps == 5
+    assert all(config.preset == name for name, config in PRESETS.items())
+    assert PRESETS["quick"].seeds >= 3
+
+
+def test_a_start_too_bad_for_gradinit_is_a_result(tmp_path, monkeypatch):
+    def failing(model, **options):
+        raise NotFiniteError("gradinit: at step 1: loss and gradient must be finite.")
+
+    monkeypatch.setattr(module, "gradinit", failing)
+    torch.set_default_dtype(torch.float32)
+    options = {"data": "digits", "output": tmp_path / "run", "quiet": True, "networks": ("resnet-8",), "seeds": 1}
+    summary = run(replace(PRESETS["smoke"], learning_rate=1e30, **options))
+    arms = summary["networks"]["resnet-8"]["arms"]
+    assert arms["GradInit"]["seeds"] == []
+    assert len(arms["GradInit"]["failed"]) == 1
+    assert arms["own init"]["diverged"] == 1  # a diverged training is a result too
+    assert [c["pairs"] for c in summary["networks"]["resnet-8"]["comparisons"]] == [0, 0, 0]
+    assert all(math.isnan(c["difference"]) for c in summary["networks"]["resnet-8"]["comparisons"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "`epochs` must be positive, got 0"),
+        ({"gamma": 0.0}, "`gamma` must be positive, got 0.0"),
+        ({"steps": 0}, "`steps` must be positive, got 0"),
+        ({"batch_size": 33}, "`batch_size` must be even, got 33"),
+        ({"variance_batches": 1}, "`variance_batches` must be at least 2, got 1"),
+        ({"cutout": -1}, "`cutout` must be 0 or more pixels, got -1"),
+        ({"networks": ("lenet",)}, "make_network: `name` must be one of"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_anything_is_made(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(replace(PRESETS["smoke"], output=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_real_data(real_data, tmp_path):
+    options = ["--networks", "resnet-8-bn", "--seeds", "1", "--output", str(tmp_path / "run")]
+    done = run_command("--data", "cifar10", "--data-dir", str(real_data), *options)
+    assert done.returncode == 0, done.stderr
+    assert "CIFAR-10 from the local folder 'cifar10'" in " ".join(done.stdout.split())
+
+
+def test_arms_are_named_once():
+    assert len({arm.name for arm in ARMS}) == len(ARMS)
+    assert isinstance(ARMS[1], Arm)
+    assert ARMS[1].init == "gradinit"

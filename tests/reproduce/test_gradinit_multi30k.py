@@ -1,0 +1,173 @@
+"""GradInit on translation end to end, from a subprocess: complete, resumed, on real data, and its statistics."""
+
+import json
+import math
+import signal
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from reproduce import gradinit_multi30k as module
+from reproduce.gradinit_multi30k import ARMS, PRESETS, run, unigram_loss
+from reproduce.gradinit_multi30k_report import best_learning_rate, conclude, part_of, summarise
+from tests.reproduce import commands
+from tests.reproduce.commands import records_of, whole_lines
+
+run_command = partial(commands.run_command, "gradinit_multi30k")
+pytestmark = pytest.mark.xdist_group("reproduce translation")
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("complete") / "run"
+    done = run_command("--data", "reversed", "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_leaves_its_folder(complete):
+    folder, _ = complete
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "environment.json", "metrics.jsonl", "summary.json", "figure.png", "scales.safetensors"
+    }  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    for optimizer, rates in (("adam", 2), ("sgd", 1)):
+        arms = summary["optimizers"][optimizer]["arms"]
+        assert list(arms) == [arm.name for arm in ARMS]
+        for arm in ARMS:
+            assert len(arms[arm.name]["grid"]) == rates
+            assert arms[arm.name]["trainings"] == rates + arm.carries_claim
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_screen_says_what_was_used_and_fits_80_columns(complete):
+    _, screen = complete
+    assert "reverse" in " ".join(screen.split())
+    assert all(len(line) <= 80 for line in screen.splitlines())
+    assert "…" not in screen
+    assert all(arm.name in screen for arm in ARMS)
+
+
+def test_gradinit_was_run_for_each_optimizer_by_its_own_step(complete):
+    starts = {
+        r["optimizer"]: r for r in records_of(complete[0]) if r["kind"] == "initialisation" and "scales" in r
+        and r["seed"] == 0
+    }  # fmt: skip
+    assert set(starts) == {"adam", "sgd"}
+    # the l1 norm of a gradient is far above its l2 norm
+    assert starts["adam"]["history"][0]["gradient_norm"] > 5 * starts["sgd"]["history"][0]["gradient_norm"]
+    assert set(starts["adam"]["variance_before"]) == set(starts["adam"]["variance_after"])
+    assert {part_of(name) for name in starts["adam"]["scales"]} == {
+        "norm", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "embedding", "bias"
+    }  # fmt: skip
+
+
+def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path):
+    folder = tmp_path / "run"
+    options = ["--data", "reversed", "--output", str(folder)]
+    metrics = folder / "metrics.jsonl"
+    commands.run_until("gradinit_multi30k", *options, is_time=lambda: whole_lines(metrics) >= 6, sign=signal.SIGKILL)
+    assert whole_lines(metrics) < len(records_of(complete[0]))
+    assert run_command(*options).returncode == 0
+    assert records_of(folder) == records_of(complete[0])
+
+
+def test_every_run_diverged_is_a_result(tmp_path):
+    torch.set_default_dtype(torch.float32)
+    config = replace(
+        PRESETS["smoke"], data="reversed", output=tmp_path / "run", quiet=True, optimizers=("sgd",),
+        sgd_learning_rates=(1e20, 1e25), seeds=1,
+    )  # fmt: skip
+    summary = run(config)
+    for row in summary["optimizers"]["sgd"]["arms"].values():
+        assert row["failed_runs"] == row["trainings"] == 2
+        assert row["bleu"] == [0.0]
+    assert (tmp_path / "run" / "figure.png").exists()
+
+
+def test_on_real_data(real_data, tmp_path):
+    options = ["--optimizers", "adam", "--seeds", "1", "--output", str(tmp_path / "run")]
+    done = run_command("--data", "multi30k", "--data-dir", str(real_data), *options)
+    assert done.returncode == 0, done.stderr
+    assert "Multi30k" in done.stdout
+
+
+# ------------------------------------------------------------------------------- its numbers
+def test_the_loss_of_word_frequencies():
+    # counts: 5 twice, 6 once, EOS twice, of 5 tokens and a vocabulary of 8: p = (3, 2, 3)/13, 1/13 for what is unseen
+    training, validation = [([4], [5, 5]), ([4], [6])], [([4], [5, 7])]
+    expected = -(math.log(3 / 13) + math.log(1 / 13) + math.log(3 / 13)) / 3
+    assert unigram_loss(training, validation, 8) == pytest.approx(expected)
+    assert Counter(token for _, target in training for token in target) == {5: 2, 6: 1}
+
+
+def trained(rate: float, loss: float | None, failed: bool = False, seed: int = 0, arm: str = "Post-LN") -> dict:
+    return {
+        "kind": "training", "optimizer": "adam", "arm": arm, "seed": seed, "learning_rate": rate, "failed_run": failed,
+        "diverged": loss is None, "bleu": 1.0, "seconds": 1.0, "history": [{"validation_loss": loss}],
+    }  # fmt: skip
+
+
+def test_the_best_learning_rate_has_the_lowest_loss_among_those_that_did_not_fail():
+    assert best_learning_rate([trained(1.0, 3.0), trained(2.0, 2.5), trained(3.0, 2.7)]) == 2.0
+    assert best_learning_rate([trained(1.0, 9.0), trained(2.0, None, True)]) == 1.0
+    assert best_learning_rate([trained(1.0, None, True), trained(2.0, 7.0, True)]) == 2.0
+
+
+def test_the_summary_pairs_seeds_at_the_best_rate():
+    arm = "Post-LN + GradInit"
+    records = [
+        trained(1.0, 3.0), trained(2.0, 2.5), trained(2.0, 2.6, seed=1),
+        trained(1.0, 2.0, arm=arm), trained(2.0, None, True, arm=arm), trained(1.0, 2.2, seed=1, arm=arm),
+    ]  # fmt: skip
+    result = summarise(records, ["Post-LN", arm], ["adam"])["optimizers"]["adam"]
+    assert result["arms"][arm]["failed_runs"] == 1
+    assert result["arms"]["Post-LN"]["validation_loss"] == [2.5, 2.6]
+    assert result["comparison"]["difference"] == pytest.approx(-0.45)
+    assert result["comparison"]["pairs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 0.3, "higher"), (-0.3, -0.1, "lower"), (-0.1, 0.3, "no difference shown")]
+)
+def test_no_claim_without_an_interval(low, high, verdict):
+    base = {"arm": "A", "against": "B", "difference": (low + high) / 2, "low": low, "high": high, "pairs": 3}
+    assert verdict in conclude(base)
+    assert "no conclusion" in conclude(base | {"low": -math.inf, "high": math.inf, "pairs": 1})
+    assert "nothing to compare" in conclude(base | {"pairs": 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "`steps` must be positive, got 0"),
+        ({"updates": 5}, "`updates` must be a multiple of `evaluations`, got 5 and 2"),
+        ({"variance_batches": 1}, "`variance_batches` must be at least 2, got 1"),
+        ({"optimizers": ()}, "`optimizers` must name one"),
+        ({"learning_rates": ()}, "learning rates must be positive, one or more"),
+        ({"sgd_learning_rates": (0.1, -1.0)}, "learning rates must be positive"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_anything_is_made(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(replace(PRESETS["smoke"], output=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' without a GPU"):
+        run(replace(PRESETS["smoke"], device="cuda", output=tmp_path / "run"))
+
+
+def test_presets_are_what_they_say():
+    assert all(config.preset == name for name, config in PRESETS.items())
+    assert PRESETS["quick"].seeds >= 3
+    assert (PRESETS["paper"].steps, PRESETS["paper"].eta, PRESETS["paper"].gamma) == (780, 1e-3, 1000.0)
+    assert module.EXPERIMENT == "gradinit_multi30k"
