@@ -5,9 +5,12 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: metainit test test-slow check benchmark supported clean
+.PHONY: metainit gradinit test test-slow check benchmark supported clean
 metainit: $(READY)
 	$(RUN) -m reproduce.metainit_cifar10 $(ARGS)
+
+gradinit: $(READY)
+	$(RUN) -m reproduce.gradinit_cifar10 $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)
@@ -23,6 +26,7 @@ check: $(READY)
 
 benchmark: $(READY)
 	$(RUN) -m benchmarks.metainit $(ARGS)
+	$(RUN) -m benchmarks.gradinit $(ARGS)
 	$(RUN) -m benchmarks.derivatives $(ARGS)
 
 supported: $(READY)

@@ -15,7 +15,7 @@ def tree_map(function: Callable[..., Tensor], first: Params, *others: Params) ->
 
 def tree_add(a: Params, b: Params, *, scale: float = 1.0) -> Params:
     """a + scale · b."""
-    return tree_map(lambda x, y: x + scale * y, a, b)
+    return tree_map(lambda x, y: torch.add(x, y, alpha=scale), a, b)
 
 
 def tree_vdot(a: Params, b: Params) -> Tensor:

@@ -171,9 +171,9 @@ PRESETS = {
     ),
     "quick": Config(
         preset="quick",
-        train_images=2_000,
+        train_images=1_500,
         test_images=1_000,
-        steps=40,
+        steps=30,
         meta_learning_rate=0.03,
         variance_batches=8,
         metainit_steps=40,

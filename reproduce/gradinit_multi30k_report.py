@@ -171,7 +171,7 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
     """Four panels an optimiser: learning-rate map, the search, the scales, the gradient's variance."""
     optimizers = list(summary["optimizers"])
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(19, 4.4 * len(optimizers)), layout="constrained")
+        figure = Figure(figsize=(21, 4.4 * len(optimizers)), layout="constrained")
         axes = figure.subplots(len(optimizers), 4, squeeze=False)
         for row, optimizer in zip(axes, optimizers, strict=True):
             own = [record for record in records if record["optimizer"] == optimizer]
@@ -222,4 +222,4 @@ def _draw_scales(axes: Axes, scales: dict[str, float]) -> None:
         axes.axvline(boundary - 0.5, color="0.8", linewidth=0.8)
     axes.set(xlabel="tensor: encoder, then decoder", ylabel="scale m")
     axes.set_title("Scales (first seed)", loc="left")
-    axes.legend(frameon=False, fontsize=7, ncol=2)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -226,7 +226,7 @@ def draw_variance(axes: Axes, record: dict[str, Any], styles: Mapping[str, tuple
     _log_scale(axes)
     axes.set(xlabel="tensor, from input to output", ylabel="mean ‖g − ḡ‖² / ‖ḡ‖² over minibatches")
     axes.set_title("Gradient variance before (open) and after (filled)", loc="left")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_training(axes: Axes, records: Records) -> None:

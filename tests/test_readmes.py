@@ -46,6 +46,11 @@ def test_the_readmes_targets_exist():
 DOCUMENTED = [
     "papers.metainit.objective",
     "papers.metainit.algorithm",
+    "papers.gradinit.objective",
+    "papers.gradinit.algorithm",
+    "papers.gradinit.batching",
+    "papers.gradinit.variance",
+    "common.scales",
     "common.derivatives",
     "common.exact",
     "common.networks.layers",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.derivatives import gradient, tape
 from common.scales import Branch, scaled
-from common.tree import flatten, tree_add, tree_dots, tree_map
+from common.tree import tree_add, tree_dots, tree_map
 from common.types import Batch, NotFiniteError, Params, PureLoss
 
 StepName = Literal["normalized_sgd", "sgd", "adam"]
@@ -45,7 +45,9 @@ def gradient_norm(g: Params, norm: Norm) -> Float[Tensor, ""]:
         >>> gradient_norm({"w": torch.tensor([3.0, -4.0])}, "l2"), gradient_norm({"w": torch.tensor([3.0, -4.0])}, "l1")
         (tensor(5.), tensor(7.))
     """
-    return flatten(g).abs().sum() if norm == "l1" else torch.linalg.vector_norm(flatten(g))
+    order = 1 if norm == "l1" else 2
+    # the norm of the tensors' norms, with which no copy of g is made
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf, order) for leaf in g.values()]), order)
 
 
 def step_direction(g: Params, step: Step) -> Params:

@@ -1,5 +1,6 @@
 """Batches and augmentation against slow loops, and the mistakes those loops must catch."""
 
+import math
 from itertools import islice
 
 import pytest
@@ -8,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from data import ImageSplit, epoch_batches, evaluation_batches, normalize, random_crop_flip, sample_batches
+from data import (
+    ImageSplit,
+    cutout,
+    epoch_batches,
+    evaluation_batches,
+    mixup,
+    normalize,
+    random_crop_flip,
+    sample_batches,
+)
 
 MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.2, 0.3)
 STATISTICS = {"mean": MEAN, "std": STD}
@@ -293,3 +303,58 @@ def test_an_epoch_without_a_batch_is_refused_at_the_call(batch_size):
     for batches in (epoch_batches, sample_batches):
         with pytest.raises(ValueError, match=r"`batch_size` must lie between 1 and 4 .*, got " + str(batch_size)):
             batches(numbered(4), batch_size, generator=seeded(), **STATISTICS)
+
+
+# ------------------------------------------------------------------------------- cutout and mixup
+@given(st.integers(0, 2**31 - 1), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7))
+def test_cutout_is_one_square_a_image(seed, size, height, width):
+    x = torch.ones(5, 2, height, width)
+    y = cutout(x, size=size, generator=torch.Generator().manual_seed(seed))
+    assert (x == 1).all()  # not in place
+    for image in y:
+        hole = image[0] == 0
+        assert torch.equal(image[0], image[1])  # the same in every channel
+        rows, columns = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        assert 1 <= len(rows) <= min(size, height)
+        assert 1 <= len(columns) <= min(size, width)
+        # a filled rectangle, whole unless a border cuts it off
+        assert hole.sum() == len(rows) * len(columns)
+        assert rows.max() - rows.min() == len(rows) - 1
+        assert len(rows) == size or rows.min() == 0 or rows.max() == height - 1
+        assert len(columns) == size or columns.min() == 0 or columns.max() == width - 1
+
+
+def test_cutout_is_centred_on_every_pixel_alike():
+    x = torch.ones(20_000, 1, 6, 6)
+    covered = (cutout(x, size=1, generator=torch.Generator().manual_seed(0)) == 0).double().mean(0)[0]
+    assert_close(covered, torch.full((6, 6), 1 / 36), rtol=0, atol=5 * math.sqrt(1 / 36 / 20_000))
+    with pytest.raises(ValueError, match="`size` must be at least 1 pixel, got 0"):
+        cutout(x, size=0, generator=torch.Generator())
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(0.1, 4.0))
+def test_mixup_mixes_images_and_labels_by_one_share(seed, alpha):
+    y = torch.arange(6) % 4
+    x = torch.eye(6)[:, None, None, :]  # which image is where can be read off
+    mixed, p = mixup((x, y), 4, alpha=alpha, generator=torch.Generator().manual_seed(seed))
+    assert_close(p.sum(1), torch.ones(6))
+    assert_close(mixed.sum((1, 2, 3)), torch.ones(6))
+    shares = mixed.flatten(1)
+    assert_close(p, shares @ torch.nn.functional.one_hot(y, 4).to(p.dtype))  # labels follow their images
+    own = shares.diagonal()[shares.diagonal() < 1 - 1e-12]  # of images that were not mixed with themselves
+    assert len(own) == 0 or (own - own[0]).abs().max() < 1e-12
+    again = mixup((x, y), 4, alpha=alpha, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(again[0], mixed)
+
+
+def test_the_share_of_mixup_is_uniform_for_alpha_1():
+    x, y = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), torch.tensor([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([mixup((x, y), 2, generator=generator)[0][0].item() for _ in range(4000)])
+    # 0 where an image met itself, else 1 − λ with λ uniform
+    mixed = shares[shares > 0]
+    assert abs(len(mixed) / 4000 - 0.5) < 4 * math.sqrt(0.25 / 4000)
+    assert abs(mixed.mean() - 0.5) < 4 * math.sqrt(1 / 12 / len(mixed))
+    assert abs(mixed.var() - 1 / 12) < 0.01
+    with pytest.raises(ValueError, match="`alpha` must be positive, got 0"):
+        mixup((x, y), 2, alpha=0.0, generator=generator)

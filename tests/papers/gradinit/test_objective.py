@@ -224,8 +224,9 @@ DIRECTION = "v = torch.func.grad(gradient_norm)(g_now, norm)"
 MUTANTS = {
     "l2 for l1": ('return "l1" if step == "adam" else "l2"', 'return "l2"'),
     "l1 for l2": ('return "l1" if step == "adam" else "l2"', 'return "l1"'),
-    "l1 without absolute values": ("flatten(g).abs().sum()", "flatten(g).sum()"),
-    "squared norm": ("else torch.linalg.vector_norm(flatten(g))", "else flatten(g).square().sum()"),
+    "l2 within tensors under l1": ("vector_norm(leaf, order)", "vector_norm(leaf, 2)"),
+    "l1 across tensors": ("for leaf in g.values()]), order)", "for leaf in g.values()]), 1)"),
+    "squared norm": ("for leaf in g.values()]), order)", "for leaf in g.values()]), order) ** 2"),
     "no normalisation": ("leaf / torch.where(n > 0, n, 1.0)", "leaf"),
     "normalised by the square": ("leaf / torch.where(n > 0, n, 1.0)", "leaf / torch.where(n > 0, n, 1.0) ** 2"),
     "NaN at a zero gradient": ("leaf / torch.where(n > 0, n, 1.0)", "leaf / n"),
