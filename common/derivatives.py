@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.batches import length_of, map_tensors, tensors_of
 from common.tree import tree_add, tree_map
-from common.types import Batch, Params, PureLoss
+from common.types import Batch, DerivativeError, Params, PureLoss
 
 HvpMode = Literal["reverse", "forward"]
 GroupMode = Literal["auto", "vmap", "loop", "shared"]
@@ -87,6 +87,32 @@ def tape(
         materialize_grads=True,
     )
     return dict(zip(params, gradients, strict=True))
+
+
+def check_twice_differentiable(loss: PureLoss, params: Params, batch: Batch, caller: str) -> None:
+    """Refuse a gradient that torch would differentiate in part, without a word.
+
+    A backward marked `once_differentiable` leaves a node that raises when it is run, and a gradient for named tensors
+    does not run it.
+
+    Raises:
+        DerivativeError: The loss holds such a layer.
+    """
+    leaves = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
+    waiting = [leaf.grad_fn for leaf in tape(loss(leaves, batch), leaves).values()]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("autograd::Error"):
+            raise DerivativeError(
+                f"{caller}: every layer must have a second derivative, got one whose backward is once_differentiable: "
+                "torch would leave it out without a word. `common.guard.check_derivatives` names it. Write its "
+                "backward in differentiable operations. The model is unchanged."
+            )
+        waiting += [following for following, _ in node.next_functions]
 
 
 def hvp(

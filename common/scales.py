@@ -174,7 +174,7 @@ class RescaleAdam:
         lower: Float[Tensor, "tensors"] | float = 0.0,
         upper: Float[Tensor, "tensors"] | float = float("inf"),
     ) -> tuple[Float[Tensor, "tensors"], RescaleState]:
-        """One step of every multiplier at once, without a device synchronisation.
+        """One step of every multiplier at once, without a device synchronisation. A d that is not finite gives NaN.
 
         Example:
             >>> adam = RescaleAdam(lr=0.1)
@@ -183,6 +183,7 @@ class RescaleAdam:
             tensor([0.9000, 1.1000])
         """
         beta1, beta2 = self.betas
+        d = torch.where(d.isfinite(), d, torch.nan)  # which no clipping makes a number of
         d = d if self.clip is None else d.clamp(-self.clip, self.clip)
         k = state.k | {branch: state.k[branch] + 1}
         mu = beta1 * state.mu[branch] + (1 - beta1) * d

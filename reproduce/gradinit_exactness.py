@@ -8,7 +8,7 @@ same measures, is the finite-difference engine on the constraint?
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,7 @@ class Config:
     """Options. A preset sets them all; each can be overridden."""
 
     preset: Literal["smoke", "quick", "paper"] = "quick"
-    """smoke: seconds. quick: two minutes on two cores. paper: the paper's networks, and more seeds."""
+    """smoke: seconds. quick: two minutes on two cores. paper: the paper's networks too, and more seeds, for a GPU."""
     data: Literal["auto", "cifar10", "cifar100", "digits", "noise"] = "auto"
     """auto: CIFAR-10 from the folder, the Hugging Face cache or the hub, or else scikit-learn's embedded digits."""
     data_dir: Path | None = None
@@ -57,7 +57,7 @@ class Config:
     """Names of common.networks; each without and with BatchNorm."""
     etas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """Sizes of the normalised look-ahead step; the released one is 0.1."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Examples of S, and of S̃, which shares half of them."""
     seeds: int = 5
     """Initialisations, each with minibatches of its own."""
@@ -68,7 +68,7 @@ PRESETS = {
     "quick": Config(preset="quick"),
     "paper": Config(
         preset="paper",
-        networks=("vgg19", "resnet110", "densenet100", "wrn-28-10"),
+        networks=(*Config().networks, "vgg19", "resnet110", "densenet100", "wrn-28-10"),
         batch_size=128,
         seeds=10,
     ),
@@ -118,8 +118,10 @@ def measure(config: Config, network: str, seed: int, data: ImageData, device: to
 # ---------------------------------------------------------------------------------------------- the run
 def check_config(config: Config) -> None:
     """Mistakes that would otherwise show after minutes of work."""
-    if config.seeds < 1 or not config.networks:
-        raise ValueError(f"{EXPERIMENT}: `seeds` and `networks` must not be empty, got {config.seeds} and none.")
+    if config.seeds < 1:
+        raise ValueError(f"{EXPERIMENT}: `seeds` must be positive, got {config.seeds}.")
+    if not config.networks:
+        raise ValueError(f"{EXPERIMENT}: `networks` must name one or more, got none.")
     if config.batch_size < 2 or config.batch_size % 2:
         raise ValueError(f"{EXPERIMENT}: `batch_size` must be even, got {config.batch_size}: S̃ shares half of S.")
     if not config.etas or not all(eta > 0 for eta in config.etas):
@@ -183,54 +185,72 @@ def summarise(records: Records) -> dict[str, Any]:
     return summary
 
 
-def print_report(console: Console, summary: dict[str, Any]) -> None:
-    etas = [label for label in next(iter(summary["networks"].values())) if label != "finite difference"]
-    table = Table(title="\nequal signs, % of tensors", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("network", no_wrap=True)
-    for eta in etas:
-        table.add_column(f"η {eta}", justify="right", no_wrap=True)
-    table.add_column("differences", justify="right", no_wrap=True)
+def pairs_of(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Each network's name, and its rows without and with BatchNorm."""
     for network, rows in summary["networks"].items():
-        # whole percents: nine columns are to fit
-        shares = [percent(rows[label]["same_sign"], digits=0) for label in (*etas, "finite difference")]
-        table.add_row(network, *shares)
+        if not network.endswith("-bn"):
+            yield network, rows, summary["networks"][f"{network}-bn"]
+
+
+def make_table(title: str, *columns: str) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
+    return table
+
+
+def print_report(console: Console, summary: dict[str, Any]) -> None:
+    table = make_table(
+        "First order against exact, on the objective",
+        "network", "η", "equal\nsigns, %", "cosine", "BatchNorm:\nequal signs, %", "BatchNorm:\ncosine",
+    )  # fmt: skip
+    for network, *pair in pairs_of(summary):
+        for number, eta in enumerate(label for label in pair[0] if label != "finite difference"):
+            cells = [
+                cell for rows in pair for cell in (percent(rows[eta]["same_sign"]), with_deviation(rows[eta]["cosine"]))
+            ]
+            table.add_row("" if number else network, eta, *cells)
     console.print(table)
-    for title, key in (("cosine", "cosine"), ("largest error / largest entry", "error")):
-        table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
-        table.add_column("network", no_wrap=True)
-        for eta in etas:
-            table.add_column(f"η {eta}", justify="right", no_wrap=True)
-        table.add_column("differences", justify="right", no_wrap=True)
-        for network, rows in summary["networks"].items():
-            means = [mean_and_deviation(rows[label][key])[0] for label in (*etas, "finite difference")]
-            table.add_row(network, *(f"{mean:.3f}" if key == "cosine" else f"{mean:.1g}" for mean in means))
-        console.print(table)
+    table = make_table(
+        "Finite differences against exact, on the constraint",
+        "network", "equal\nsigns, %", "largest\nerror, %", "BatchNorm:\nequal signs, %", "BatchNorm:\nlargest error, %",
+    )  # fmt: skip
+    for network, *pair in pairs_of(summary):
+        rows = [row["finite difference"] for row in pair]
+        table.add_row(network, *(c for row in rows for c in (percent(row["same_sign"]), percent(row["error"]))))
+    console.print(table)
     seeds = max(len(row["cosine"]) for rows in summary["networks"].values() for row in rows.values())
     console.print(
-        f"\nScale gradients at initialisation, mean over {seeds} seeds (± standard deviation). η: the objective, first "
-        "order against exact. differences: the constraint by the engine finite_difference against the exact one.",
+        f"\nScale gradients at initialisation: mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}. "
+        "η: size of the normalised look-ahead step. Errors in percent of the largest entry.",
         style="dim",
     )
 
 
+def with_deviation(values: Sequence[float]) -> str:
+    """`0.991 ± 0.004`; no deviation for a single value."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.3f}" if math.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
+
+
 def save_figure(path: Path, summary: dict[str, Any]) -> None:
     """Equal signs and cosine against η: a colour a network, dashed with BatchNorm."""
-    colours = dict(
-        zip(dict.fromkeys(name.removesuffix("-bn") for name in summary["networks"]), mpl.colormaps["tab10"].colors)  # noqa: B905  # pyright: ignore[reportAttributeAccessIssue]
-    )
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         axes = figure.subplots(1, 2)
-        for axis, key, label in ((axes[0], "same_sign", "equal signs, % of tensors"), (axes[1], "cosine", "cosine")):
-            for network, rows in summary["networks"].items():
-                etas = [eta for eta in rows if eta != "finite difference"]
-                factor = 100 if key == "same_sign" else 1
-                means, deviations = zip(*(mean_and_deviation([factor * v for v in rows[e][key]]) for e in etas))  # noqa: B905
-                axis.errorbar(
-                    [float(eta) for eta in etas], means, [0 if math.isnan(x) else x for x in deviations],
-                    color=colours[network.removesuffix("-bn")], linestyle="--" if network.endswith("-bn") else "-",
-                    marker="o", markersize=3, linewidth=1.4, elinewidth=0.6, label=network,
-                )  # fmt: skip
+        panels = ("same_sign", 100, "equal signs, % of tensors"), ("cosine", 1, "cosine")
+        for axis, (key, factor, label) in zip(axes, panels, strict=True):
+            for number, (network, *pair) in enumerate(pairs_of(summary)):
+                for rows, name, style in zip(pair, (network, f"{network}-bn"), ("-", "--"), strict=True):
+                    etas = [eta for eta in rows if eta != "finite difference"]
+                    points = [mean_and_deviation([factor * value for value in rows[eta][key]]) for eta in etas]
+                    axis.errorbar(
+                        [float(eta) for eta in etas],
+                        [mean for mean, _ in points],
+                        [0.0 if math.isnan(deviation) else deviation for _, deviation in points],
+                        color=f"C{number}", linestyle=style, marker="o", markersize=3, linewidth=1.4, elinewidth=0.6,
+                        label=name,
+                    )  # fmt: skip
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.xaxis.set_minor_formatter(NullFormatter())

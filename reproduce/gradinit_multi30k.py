@@ -306,10 +306,20 @@ def run_initialisation(
         "scales": result.scales,
         "skipped": result.skipped,
         "history": result.history,
+        "updates_worth": updates_worth(config, result.history),
     }
     if seed == 0:
         record["variance_after"] = variance_of(config, model, corpus, device)
     return record
+
+
+def updates_worth(config: Config, history: list[dict[str, float]]) -> float:
+    """What GradInit cost, in updates of training, by arithmetic on full batches: an update is three forward passes."""
+    total, expected = 0.0, 0.0
+    for entry in history:
+        total += (9.0 if expected else 11.0) if entry["constraint"] else 6.0
+        expected = entry["constraint"]
+    return total / 3 * (2 / 3 * config.meta_tokens) / config.max_tokens
 
 
 def variance_of(config: Config, model: nn.Module, corpus: Corpus, device: torch.device) -> dict[str, float]:

@@ -87,9 +87,11 @@ def _row(records: Records) -> dict[str, Any]:
         "seeds": [record["seed"] for record in kept],
         "validation_loss": [record["history"][-1]["validation_loss"] for record in kept],
         "bleu": [record["bleu"] for record in kept],
-        "failed_runs": sum(record["failed_run"] for record in trainings),
-        "diverged": sum(record["diverged"] for record in trainings),
-        "trainings": len(trainings),
+        # of the grid alone: arms that are repeated at their best rate are to be compared with those that are not
+        "failed_runs": sum(record["failed_run"] for record in grid),
+        "diverged": sum(record["diverged"] for record in grid),
+        "trainings": len(grid),
+        "updates_worth": [record["updates_worth"] for record in starts if "updates_worth" in record],
         "initialisation_seconds": mean_and_deviation([r["seconds"] for r in starts])[0] if starts else None,
         "training_seconds": mean_and_deviation([r["seconds"] for r in trainings])[0] if trainings else None,
     }
@@ -119,6 +121,16 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         console.print(table)
         console.print()
         console.print(conclude(result["comparison"]), highlight=False)
+        if worth := result["arms"]["Post-LN + GradInit"]["updates_worth"]:
+            cost = mean_and_deviation(worth)[0]
+            what = f"GradInit's arithmetic is that of {cost:.0f} more updates, which no other arm is given."
+            console.print(what, highlight=False)
+        edge = [
+            arm for arm, row in result["arms"].items()
+            if len(row["grid"]) > 1 and row["learning_rate"] in (row["grid"][0][0], row["grid"][-1][0])
+        ]  # fmt: skip
+        if edge:
+            console.print(f"Best at an edge of the grid, and maybe beyond it: {'; '.join(edge)}.", highlight=False)
         for arm, row in result["arms"].items():
             grid = ", ".join(
                 f"{rate:g}: {loss:.2f}{' (failed)' if failed else ''}" if _is_number(loss) else f"{rate:g}: diverged"
@@ -131,10 +143,10 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
                 console.print(f"{arm}: GradInit failed. {message}", highlight=False, markup=False)
     console.print(
         "\nValidation loss: nats a sub-word, without smoothing; the lines give it for each learning rate. failed: runs "
-        f"that ended not finite, or above {summary['unigram_loss']:.2f}, the loss of a model that knows word "
-        "frequencies alone. best lr: lowest validation loss, first seed. ± is the standard deviation over seeds, no ± "
-        "a single seed. BLEU: sacreBLEU on the test sentences, 0 where the run failed. init, train: seconds on this "
-        "machine.",
+        f"of the grid that ended not finite, or above {summary['unigram_loss']:.2f}, the loss of a model that knows "
+        "word frequencies alone. best lr: lowest validation loss, first seed. ± is the standard deviation over seeds, "
+        "no ± a single seed. BLEU: sacreBLEU on the test sentences, 0 where the run failed. init, train: seconds on "
+        "this machine.",
         style="dim",
     )
 
@@ -159,7 +171,8 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
     if not finite:
         return "–"
     mean, deviation = mean_and_deviation(finite)  # pyright: ignore[reportArgumentType]
-    return f"{mean:.{digits}f}" if math.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    lost = f" ({len(values) - len(finite)} lost)" if len(finite) < len(values) else ""
+    return (f"{mean:.{digits}f}" if math.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}") + lost
 
 
 def _is_number(value: float | None) -> bool:

@@ -107,7 +107,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         spread = f"; ± is the standard deviation over {repeated} seeds, no ± a single seed" if repeated > 1 else ""
         console.print(
             f"\nTest accuracy{spread}. best: of all epochs, chosen on the test set, as the paper reports it. own init, "
-            "longer: with the epochs added that GradInit costs, rounded up. init, train: seconds on this machine.",
+            "longer: with the epochs added that GradInit costs by arithmetic. init, train: seconds on this machine.",
             style="dim",
         )
 

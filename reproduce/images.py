@@ -49,9 +49,11 @@ def prepare(
     """
     data = load_images(name, data_dir=data_dir, train=None if train is None else train + validation, test=test)
     if validation + batch_size > len(data.train):
+        held = f"{validation} of {len(data.train)} held out" if validation else f"{len(data.train)} in all"
+        remedy = "Set `validation_images` lower" if validation else "Take more `train_images`"
         raise ValueError(
-            f"{caller}: `validation_images` must leave a batch of {batch_size} training images, got "
-            f"{validation} of {len(data.train)}. Hold out fewer."
+            f"{caller}: there must be a batch of {batch_size} training images, got {held}. "
+            f"{remedy}, or smaller batches."
         )
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     held_out, kept = (data.train.take(part) for part in order.split([validation, len(order) - validation]))

@@ -17,6 +17,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from common.derivatives import check_twice_differentiable
 from common.functional import (
     BatchNormMode,
     check_bare,
@@ -31,7 +32,7 @@ from common.functional import (
 from common.guard import naming_the_layer
 from common.precision import check_precision, full_precision
 from common.scales import Bounds, Branch, Patterns, RescaleAdam, bounds_of, check_patterns, kinds_of, scalable_tensors
-from common.types import Batch, InitResult, NotFiniteError, Params, UserLoss
+from common.types import Batch, DerivativeError, InitResult, NotFiniteError, Params, UserLoss
 from papers.gradinit.batching import Pairs, batch_pairs
 from papers.gradinit.objective import Engine, LookAhead, Norm, Step, scale_gradients
 
@@ -59,8 +60,8 @@ def gradinit(
     norm: Norm | None = None,
     engine: Engine = "lazy",
     pairs: Pairs = "halves",
-    include: Patterns = ("*",),
-    exclude: Patterns = (),
+    include: Patterns | str = ("*",),
+    exclude: Patterns | str = (),
     variant: Variant = "paper",
     batch_norm: BatchNormMode = "batch",
     exact_kernels: bool = True,
@@ -101,7 +102,8 @@ def gradinit(
         pairs: How S̃ shares examples with S: see `batch_pairs`. "thirds" is for batches of changing size.
         include: Kinds ("conv", "linear", "norm", "bias", "embedding", "other") or name patterns that get a multiplier.
         exclude: Those that get none.
-        variant: "released" steps a tied weight in its first use only, and leaves a multiplier at zero once it is there.
+        variant: "released" steps a weight tied between modules in the first of them only, and leaves a multiplier at
+            zero once it is there.
         batch_norm: "batch" (as the authors) or "running" statistics.
         exact_kernels: See `common.exact`; False only to measure what it costs.
         on_step: Called after each iteration with its entry of the history.
@@ -137,6 +139,7 @@ def gradinit(
             "gradinit: `batches` must be given, got None: the objective is the loss of real examples. "
             "Pass a DataLoader with an even batch size."
         )
+    include, exclude = ((given,) if isinstance(given, str) else given for given in (include, exclude))
     check_patterns(model, (*include, *exclude, *(bounds or {})), "gradinit")
     tuned, skipped = scalable_tensors(model, include=include, exclude=exclude)
     if not tuned:
@@ -173,6 +176,8 @@ def gradinit(
                     with naming_the_layer(
                         model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels, order=2
                     ):
+                        if t == 1 and engine != "finite_difference" and (exact or gamma < math.inf):
+                            check_twice_differentiable(loss, theta0, batch, "gradinit")
                         branch, d, metrics = scale_gradients(
                             loss,
                             theta0,
@@ -188,6 +193,8 @@ def gradinit(
                             expected=branch,  # the last branch is a good forecast
                             look_ahead=look_ahead,
                         )
+                except DerivativeError as error:
+                    raise DerivativeError(f"{error} Or pass engine='finite_difference', which needs none.") from error
                 except NotFiniteError as error:
                     raise NotFiniteError(_not_finite(t, error, m, tuned)) from error
                 if t == 1 and metrics["gradient_norm"] == 0:
@@ -262,19 +269,23 @@ def _check_batch(model: nn.Module, batch: Batch, classes: int | None) -> Batch:
 def _half_stepped(
     model: nn.Module, loss_fn: UserLoss, batch_norm: BatchNormMode, exact_kernels: bool
 ) -> LookAhead | None:
-    """The released look-ahead loss: a tied weight is stepped where it is used first, and not in its other uses."""
+    """The released look-ahead loss: a weight tied between modules is stepped in the first, not in the others."""
     untied = copy.deepcopy(model)
     first = {id(parameter): name for name, parameter in untied.named_parameters()}
+
+    def place(name: str) -> tuple[nn.Module, str]:
+        path, _, own = name.rpartition(".")
+        return untied.get_submodule(path), own
+
     others = {
         name: first[id(parameter)]
         for name, parameter in untied.named_parameters(remove_duplicate=False)
-        if first[id(parameter)] != name
+        if place(name) != place(first[id(parameter)])  # one module under two names has one weight, whatever is done
     }
     if not others:
         return None
     for name in others:
-        path, _, own = name.rpartition(".")
-        owner = untied.get_submodule(path)
+        owner, own = place(name)
         setattr(owner, own, nn.Parameter(owner.get_parameter(own).detach().clone()))
     loss = pure_loss(untied, loss_fn, batch_norm=batch_norm, exact=exact_kernels, order=2)
 

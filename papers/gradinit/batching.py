@@ -5,8 +5,9 @@ The released vision code draws half-batches A, B, C in turn from one shuffled st
 each in three: S = [0, 2q), S̃ = [q, N) with q = ⌊N/3⌋ (`"thirds"`).
 """
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,7 +27,8 @@ def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[P
     with `"halves"`, n with `"disjoint"`; `"thirds"` uses one batch for both, of any size from three on.
 
     Args:
-        batches: Any nesting of tensors, examples along dimension 0.
+        batches: Any nesting of tensors, examples along dimension 0. A collection of a single batch has no other half:
+            S̃ is then A twice, or A and B by turns.
         pairs: How S̃ shares its examples with S.
 
     Yields:
@@ -94,7 +96,23 @@ def _halves(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _length(batch: Batch) -> int:
-    return length_of(batch, "gradinit", "A batch must hold tensors whose examples lie along dimension 0.")
+    length = length_of(batch, "gradinit", "A batch must hold tensors whose examples lie along dimension 0.")
+    _check_lists(batch, length)
+    return length
+
+
+def _check_lists(part: Any, length: int) -> None:
+    """A list with an entry an example cannot be told from options that belong to all, and would not be divided."""
+    inner = list(part.values()) if isinstance(part, (dict, UserDict)) else part
+    if not isinstance(inner, (list, tuple)):
+        return
+    if isinstance(part, (list, tuple)) and len(part) == length > 1 and not tensors_of(list(part)):
+        raise ValueError(
+            f"gradinit: what belongs to single examples must be in tensors, got a {type(part).__name__} of {length}. "
+            "Encode it as a tensor, or leave it out of the batch."
+        )
+    for entry in inner:
+        _check_lists(entry, length)
 
 
 def _part(batch: Batch, start: int, end: int) -> Batch:

@@ -12,6 +12,7 @@ Training", NeurIPS 2021, and its released code.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -133,7 +134,7 @@ def scale_gradients(
     Else:        objective,  d_b = 1/η · ∂L(S̃; θ − η A[g])/∂m_b = 1/η · ⟨θ₀_b, u_b⟩, and with `exact` (A's Jacobian J)
                              1/η · ⟨θ₀_b, (u − η H Jᵀ u)_b⟩.
 
-    Every engine decides by a plain g: no second-order graph is built for the objective as released. What they cost:
+    Every engine decides by g alone; a graph of it is kept only where H is expected to be multiplied. What they cost:
 
     | engine                | constraint                       | objective | exact objective |
     |-----------------------|----------------------------------|-----------|-----------------|
@@ -182,11 +183,13 @@ def scale_gradients(
     norm = norm_of(step) if norm is None else norm
     theta = tree_map(lambda leaf: leaf.detach().requires_grad_(), scaled(theta0, scales))
     # θ → L(S; θ) → g, with a graph of g only where H is to be multiplied
-    keep = engine == "lazy" and (exact or expected == "constraint")
+    second = exact and step != "adam"  # a sign has no derivative
+    keep = engine == "lazy" and (second or expected == "constraint")
     value = loss(theta, batch)
     g = tape(value, theta, keep=keep, retain=keep or engine == "lazy")
     g_now = tree_map(torch.Tensor.detach, g)
-    at_hand, n = torch.stack([value.detach(), gradient_norm(g_now, norm).to(value.dtype)]).cpu()
+    n = gradient_norm(g_now, norm)
+    at_hand, n = torch.stack([value.detach().to(n.dtype), n]).cpu()
     _check_finite(at_hand, n, g_now)
     metrics = {"loss": at_hand, "gradient_norm": n}
 
@@ -202,23 +205,28 @@ def scale_gradients(
         v = torch.func.grad(gradient_norm)(g_now, norm)  # sign(g) or g/‖g‖
         return "constraint", _along(theta0, hessian_times(v), scales), metrics
 
-    if not (exact and engine == "lazy"):
+    if not second:
         del value, g  # the tape of S, before that of S̃ is recorded
     other_batch = other_batch() if callable(other_batch) else other_batch
-    look_ahead = (lambda stepped, theta, batch: loss(stepped, batch)) if look_ahead is None else look_ahead
-    A = step_direction(g_now, step)
-    ahead = look_ahead(tree_add(theta, A, scale=-eta), theta, other_batch)  # A is a constant here: released code
-    metrics["look_ahead_loss"] = ahead.detach()
-    if exact and engine == "nested":
-        exactly = lambda m: look_ahead_loss(  # noqa: E731
-            loss, scaled(theta0, m), batch, other_batch, step=step, eta=eta, exact=True
-        )
-        return "objective", tree_map(lambda d: d / eta, torch.func.grad(exactly)(scales)), metrics
-    u = tape(ahead, theta, keep=False)
-    if exact and step != "adam":  # a sign has no derivative
-        w = torch.func.vjp(lambda g: step_direction(g, step), g_now)[1](u)[0]
+    if second and engine == "nested":
+        exactly = partial(look_ahead_loss, loss, batch=batch, other_batch=other_batch, step=step, eta=eta, exact=True)
+        d, ahead = torch.func.grad_and_value(lambda m: exactly(scaled(theta0, m)))(scales)
+        return "objective", tree_map(lambda leaf: leaf / eta, d), metrics | {"look_ahead_loss": ahead}
+    stepped = tree_add(theta, step_direction(g_now, step), scale=-eta)
+    if look_ahead is None:
+        # A is a constant (released code), so that ∂/∂θ is ∂/∂θ'; leaves of their own let go of θ and g
+        stepped = tree_map(lambda leaf: leaf.detach().requires_grad_(), stepped)
+        ahead, leaves = loss(stepped, other_batch), stepped
+    else:
+        ahead, leaves = look_ahead(stepped, theta, other_batch), theta
+    if not second:
+        del theta, g_now, stepped
+    u = tape(ahead, leaves, keep=False)
+    if second:
+        w = torch.func.vjp(lambda g: step_direction(g, step), g_now)[1](u)[0]  # pyright: ignore[reportPossiblyUnboundVariable]
         u = tree_add(u, hessian_times(w), scale=-eta)
-    return "objective", tree_map(lambda d: d / eta, _along(theta0, u, scales)), metrics
+    d = tree_map(lambda leaf: leaf / eta, _along(theta0, u, scales))
+    return "objective", d, metrics | {"look_ahead_loss": ahead.detach()}
 
 
 def _along(theta0: Params, slopes: Params, scales: Params) -> Params:

@@ -11,9 +11,10 @@ from common.types import Batch, Params, PureLoss
 
 
 def relative_gradient_variance(loss: PureLoss, theta: Params, batches: Iterable[Batch]) -> dict[str, float]:
-    r"""mean_S ‖g_S − ḡ‖² / ‖ḡ‖² of each tensor, ḡ the mean of g_S = ∇L(S; θ) over the minibatches S.
+    r"""E‖g_S − 𝔼g‖² / ‖𝔼g‖² of each tensor, g_S = ∇L(S; θ) on a random minibatch S.
 
-    The paper's exact normaliser is not known; this one is ours. Infinite where ḡ vanishes and g_S does not.
+    Both are estimated without bias from K minibatches: s² = Σ‖g_S − ḡ‖²/(K − 1), and ‖ḡ‖² − s²/K, as ḡ carries a K-th
+    of the variance. Infinite where the mean cannot be told from zero. The paper's normaliser is not known.
 
     Args:
         loss: L, pure.
@@ -25,8 +26,8 @@ def relative_gradient_variance(loss: PureLoss, theta: Params, batches: Iterable[
 
     Example:
         >>> loss = lambda theta, x: (theta["w"] * x).sum()
-        >>> relative_gradient_variance(loss, {"w": torch.ones(1)}, [torch.tensor([1.0]), torch.tensor([3.0])])
-        {'w': 0.25}
+        >>> relative_gradient_variance(loss, {"w": torch.ones(1)}, [torch.tensor([1.0]), torch.tensor([5.0])])
+        {'w': 1.6}
 
     Reference:
         Zhu et al. 2021, Figure 1.
@@ -42,7 +43,8 @@ def relative_gradient_variance(loss: PureLoss, theta: Params, batches: Iterable[
         raise ValueError(
             f"relative_gradient_variance: `batches` must hold two or more, got {len(squares)}. A variance needs them."
         )
-    of_mean = (tree_norms(total).double() / len(squares)) ** 2
-    variance = (torch.stack(squares).mean(0) - of_mean).clamp(min=0)  # E‖g‖² − ‖ḡ‖²
-    ratio = torch.where(variance > 0, variance / of_mean, 0.0)
+    K = len(squares)
+    of_mean = (tree_norms(total).double() / K) ** 2
+    variance = (torch.stack(squares).mean(0) - of_mean).clamp(min=0) * K / (K - 1)  # E‖g‖² − ‖ḡ‖²
+    ratio = torch.where(variance > 0, variance / (of_mean - variance / K).clamp(min=0), 0.0)
     return dict(zip(theta, ratio.tolist(), strict=True))

@@ -693,7 +693,7 @@ def sdpa_left_off_after_an_error():
 
 @contextmanager
 def mode_left_on_after_an_error():
-    mode = exact._Exact()
+    mode = exact._Exact(exact._REPLACEMENTS)
     mode.__enter__()
     yield
     mode.__exit__(None, None, None)
@@ -738,3 +738,30 @@ def test_multi_head_attention_never_reaches_the_fused_kernel(context, generator)
         y = layer(x, x, x, need_weights=False)[0]
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     assert torch.autograd.grad(g.square().sum(), x)[0].abs().max() > 0
+
+
+# ------------------------------------------------------------------------------- to the second order alone
+@pytest.mark.parametrize("norm", [nn.LayerNorm([4, 3, 2]), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True)])
+def test_order_2_keeps_torch_s_norms_and_is_right_to_the_second_order(norm):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 3, 2, requires_grad=True)
+    v = torch.randn_like(x)
+
+    def slope(x):
+        with exact_derivatives(2):
+            return (torch.autograd.grad((norm(x).tanh() ** 3).sum(), x, create_graph=True)[0] * v).sum()
+
+    with exact_derivatives(2):
+        assert torch.equal(norm(x), norm(x))
+        assert norm(x).grad_fn.name().startswith(("NativeLayerNorm", "NativeBatchNorm", "View", "CudnnBatchNorm"))
+    assert_close(torch.autograd.grad(slope(x), x)[0], _by_differences(slope, x.detach()), rtol=1e-6, atol=1e-8)
+
+
+def _by_differences(f, x, h=1e-5):
+    result = torch.zeros_like(x)
+    for index in range(x.numel()):
+        step = torch.zeros_like(x).view(-1)
+        step[index] = h
+        there, here = (f((x + s * step.view_as(x)).requires_grad_()).detach() for s in (1, -1))
+        result.view(-1)[index] = (there - here) / (2 * h)
+    return result

@@ -106,7 +106,9 @@ def test_what_gradinit_costs_is_counted_by_branch_and_forecast():
     assert epochs_worth(config, history, recipe, splits) == pytest.approx(32 / 12)
     rough = replace(config, engine="finite_difference")
     assert epochs_worth(rough, history, recipe, splits) == pytest.approx(24 / 12)
+    # exact: 12F, 9F, 9F, 12F
     assert epochs_worth(replace(config, exact=True), history, recipe, splits) == pytest.approx(42 / 12)
+    assert epochs_worth(replace(config, engine="nested"), history, recipe, splits) == pytest.approx(36 / 12)
 
 
 def test_the_claim_is_worked_on_first_seed_by_seed():
@@ -125,6 +127,7 @@ def test_recipes_are_the_released_ones():
         "resnet110-bn": (1e-3, 390, 128), "densenet100": (5e-3, 780, 64), "densenet100-bn": (1e-2, 780, 64),
         "wrn-28-10-bn": (3e-3, 780, 64),
     }  # fmt: skip
+    assert {name for name, r in RECIPES.items() if r.training_batch_size != 128} == {"densenet100", "densenet100-bn"}
     assert recipe_of(replace(paper, steps=5), "vgg19").steps == 5
     assert all(config.preset == name for name, config in PRESETS.items())
     assert PRESETS["quick"].seeds >= 3

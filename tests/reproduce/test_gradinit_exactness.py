@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from reproduce.gradinit_exactness import PRESETS, agreement, run, summarise
+from reproduce.gradinit_exactness import PRESETS, agreement, print_report, run, save_figure, summarise
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of
 
@@ -25,7 +26,7 @@ def complete(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_a_run_leaves_its_folder(complete):
-    folder, screen = complete
+    folder, _ = complete
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "environment.json", "metrics.jsonl", "summary.json", "figure.png"}
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
@@ -33,10 +34,16 @@ def test_a_run_leaves_its_folder(complete):
     for rows in summary["networks"].values():
         assert list(rows) == ["0.1", "1", "finite difference"]
         assert all(len(row["cosine"]) == 2 for row in rows.values())
-        # what differences are close to, and what a tiny step is: the exact gradient
-        assert min(rows["finite difference"]["cosine"]) > 0.99
+        assert min(rows["finite difference"]["cosine"]) > 0.99  # differences approximate the exact gradient
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_screen_says_what_was_used_and_fits_80_columns(complete):
+    _, screen = complete
+    assert "scikit-learn digits (embedded), 8×8 grey" in " ".join(screen.split())
     assert all(len(line) <= 80 for line in screen.splitlines())
-    assert "…" not in screen
+    assert "…" not in screen  # nothing was cut to fit
+    assert "over 2 seeds" in " ".join(screen.split())
 
 
 def test_a_run_asked_for_again_computes_nothing_and_half_a_run_the_rest(complete):
@@ -62,12 +69,47 @@ def test_the_summary_keeps_every_seed():
     assert summarise(records)["networks"]["n"]["0.1"]["cosine"] == [0.5, 1.5]
 
 
+def summary_of(seeds: int, **values: float) -> dict:
+    """The widest numbers that there are, of the network with the longest name."""
+    row = {"cosine": -0.123, "same_sign": 1.0, "error": 2.85} | values
+    comparisons = [{"comparison": "step", "eta": eta} | row for eta in (0.01, 0.1)]
+    comparisons.append({"comparison": "finite difference", "eta": None} | row)
+    records = [
+        {"network": f"densenet100{norm}", "seed": seed, "comparisons": comparisons}
+        for norm in ("", "-bn")
+        for seed in range(seeds)
+    ]
+    return summarise(records) | {"data": "data", "device": "device"}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_table_has_a_row_a_network_and_step(capsys, seeds):
+    print_report(Console(width=80), summary_of(seeds))
+    screen = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in screen.splitlines())
+    assert "…" not in screen
+    spread = ["±", "0.0"] if seeds > 1 else []
+    cosine = ["-0.123", *(["±", "0.000"] if seeds > 1 else [])]
+    rows = [line.split() for line in screen.splitlines()]
+    both = 2 * ["100.0", *spread, *cosine]
+    assert ["densenet100", "0.01", *both] in rows
+    assert ["0.1", *both] in rows
+    assert ["densenet100", *2 * ["100.0", *spread, "285.0", *spread]] in rows
+    assert f"over {seeds} seed" in " ".join(screen.split())
+
+
+def test_a_single_seed_makes_a_figure(tmp_path):
+    save_figure(tmp_path / "figure.png", summary_of(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"batch_size": 7}, "`batch_size` must be even, got 7"),
         ({"etas": (0.0,)}, "`etas` must be positive"),
-        ({"seeds": 0}, "`seeds` and `networks` must not be empty"),
+        ({"seeds": 0}, "`seeds` must be positive, got 0"),
+        ({"networks": ()}, "`networks` must name one or more"),
         ({"networks": ("lenet",)}, "make_network: `name` must be one of"),
     ],
     ids=str,

@@ -122,7 +122,7 @@ MISTAKES = [
     (["--networks", "lenet"], "make_network: `name` must be one of"),
     (["--activation", "wiggle"], "wiggle"),
     (["--data-dir", "{tmp}/nowhere"], "nowhere"),
-    (["--validation-images", "5000"], "`validation_images` must leave a batch"),
+    (["--validation-images", "5000"], "Set `validation_images` lower"),
     (["--output", "{tmp}/file/run"], "must be writable"),
 ]
 

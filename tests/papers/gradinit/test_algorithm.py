@@ -364,6 +364,11 @@ def test_dropout_is_off_and_batch_norm_takes_batch_statistics():
     assert running[0]["loss"] != again[0]["loss"]
 
 
+def test_include_and_exclude_take_a_single_pattern():
+    model, batch = make("batch norm")
+    assert list(gradinit(model, batches=batches_like(batch), steps=1, include="norm", **QUIET).scales) == ["1.weight"]
+
+
 def test_include_and_exclude():
     model, batch = make("batch norm")
     batches = batches_like(batch)
@@ -583,13 +588,69 @@ def test_a_layer_without_a_second_derivative_is_named():
     assert_same_state(net, before)
 
 
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, h):
+        return 3 * ctx.saved_tensors[0] ** 2 * h
+
+
+class Cubed(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
+def test_a_layer_that_torch_would_differentiate_in_part_is_refused():
+    model = nn.Sequential(nn.Linear(4, 6), Cubed(), nn.Linear(6, 3))
+    before = state_of(model)
+    with pytest.raises(DerivativeError, match=r"once_differentiable.*Or pass engine='finite_difference'"):
+        gradinit(model, batches=GOOD, steps=2, gamma=1e-9, **QUIET)
+    assert_same_state(model, before)
+    gradinit(model, batches=GOOD, steps=2, gamma=1e-9, engine="finite_difference", **QUIET)
+    gradinit(model, batches=GOOD, steps=2, gamma=math.inf, **QUIET)  # no second derivative is taken
+
+
+def test_an_infinite_look_ahead_loss_ends_the_search():
+    model = mlp(4, 6, 3)
+    before = state_of(model)
+    far = (X.clone(), Y)
+    far[0][:3] = math.inf
+    own = lambda model, batch: (model[0](batch[0]) ** 2).mean()
+    with pytest.raises(NotFiniteError, match=r"every multiplier must (be|end) finite|gradient of every multiplier"):
+        gradinit(model, own, [(X, Y), far], steps=1, gamma=1e9, **QUIET)
+    assert_same_state(model, before)
+
+
+def test_one_module_under_two_names_is_stepped_as_a_whole_in_the_released_variant():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b, self.head = self.a, nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.b(torch.tanh(self.a(x))))
+
+    model = Shared()
+    paper, released = (
+        gradinit(copy.deepcopy(model), batches=GOOD, steps=2, gamma=1e9, variant=variant, **QUIET)
+        for variant in ("paper", "released")
+    )
+    assert paper.history == released.history
+
+
 # ------------------------------------------------------------------------------- the gradient's variance
 def test_relative_gradient_variance():
-    # g_S are the inputs themselves: mean (2, 0), deviations (−1, 1), (1, −1): (2 + 2)/2 / 4
+    # g_S are the inputs themselves: mean (2, 0), deviations (−1, 1), (1, −1): s² = (2 + 2)/1, ‖ḡ‖² − s²/2 = 4 − 2
     loss = lambda theta, x: (theta["w"] * x).sum() + 0 * theta["idle"]
     batches = [torch.tensor([1.0, 1.0]), torch.tensor([3.0, -1.0])]
     theta = {"w": torch.tensor([5.0, 7.0]), "idle": torch.tensor(2.0)}
-    assert relative_gradient_variance(loss, theta, batches) == {"w": pytest.approx(0.5), "idle": 0.0}
+    assert relative_gradient_variance(loss, theta, batches) == {"w": pytest.approx(2.0), "idle": 0.0}
     opposite = [torch.tensor([1.0, 1.0]), torch.tensor([-1.0, -1.0])]
     assert relative_gradient_variance(loss, theta, opposite)["w"] == math.inf
     with pytest.raises(ValueError, match="must hold two or more, got 1"):
@@ -603,5 +664,19 @@ def test_the_variance_is_that_of_explicit_gradients():
     gradients = [torch.func.grad(loss)(theta, b) for b in batches]
     for name, value in relative_gradient_variance(loss, theta, iter(batches)).items():
         g = torch.stack([own[name].flatten() for own in gradients])
-        expected = (g - g.mean(0)).square().sum(1).mean() / g.mean(0).square().sum()
-        assert value == pytest.approx(expected.item(), rel=1e-9)
+        variance = (g - g.mean(0)).square().sum() / (len(g) - 1)
+        expected = variance / (g.mean(0).square().sum() - variance / len(g)).clamp(min=0)
+        assert value == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_the_variance_does_not_depend_on_how_many_batches_it_is_taken_from():
+    # g_S = 1 + noise of variance 50 in all: the ratio is 50, of which a naive estimate sees at most K − 1
+    loss = lambda theta, x: (theta["w"] * x).sum()
+    theta = {"w": torch.zeros(500)}
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for _ in range(40):
+        batches = [1 / 500**0.5 + torch.randn(500, generator=generator) * 0.1**0.5 for _ in range(16)]
+        ratios.append(1 / relative_gradient_variance(loss, theta, batches)["w"])
+    inverse = torch.tensor(ratios)  # 1/50 on average, clamped at 0 from below
+    assert abs(inverse.mean() - 0.02) < 4 * inverse.std() / 40**0.5

@@ -135,6 +135,7 @@ def test_a_data_loader_is_gone_through_again():
         ([torch.arange(2)], "thirds", r"needs batches of at least 3 examples, got 2"),
         ([torch.zeros(4, 3), torch.zeros(4, 5)], "halves", r"must be alike to be joined, got .*\[\(2, 3\)\].*\(2, 5\)"),
         ([torch.tensor(3)], "halves", r"must have the same first dimension"),
+        ([{"x": torch.arange(4), "text": list("abcd")}], "halves", r"must be in tensors, got a list of 4"),
         (["text"], "thirds", r"must have the same first dimension"),
     ],
 )
