@@ -53,7 +53,7 @@ class Config:
     quiet: bool = False
     """No progress on standard error."""
 
-    networks: tuple[str, ...] = ("plain-8-16", "resnet-20", "vgg11", "wrn-10-2")
+    networks: tuple[str, ...] = ("plain-8-16", "resnet-20")
     """Names of common.networks; each without and with BatchNorm."""
     etas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """Sizes of the normalised look-ahead step; the released one is 0.1."""

@@ -65,3 +65,11 @@ def test_doctests(module):
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("readme", [*PAPERS, ROOT / "README.md"], ids=lambda path: path.parent.name)
+def test_nothing_is_left_to_be_filled_in(readme):
+    text = readme.read_text("utf-8")
+    assert not re.search(r"^(RES\w*|TODO|TABLE)\b", text, re.MULTILINE)
+    for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (readme.parent / figure).exists(), figure

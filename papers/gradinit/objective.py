@@ -144,8 +144,9 @@ def scale_gradients(
 
     `"lazy"` reads the tape of the one forward pass again where H is needed. `"nested"` differentiates `constraint` and
     `look_ahead_loss` as they stand above. `"finite_difference"` takes H v = (g(θ + h v) − g(θ))/h: it asks nothing of
-    the layers beyond a gradient and keeps no second graph, with an error of about 1e-3 of the largest |d| in float32
-    (1e-2 where a kink is crossed), by which the sign of a small d_b can turn. Forward-over-reverse would cost 12F.
+    the layers beyond a gradient and keeps no second graph, with an error of about 1e-3 of the largest |d| where
+    activations are smooth. Where they have kinks, g jumps there, and a deep ReLU network with BatchNorm crosses so many
+    that d is off by several times its largest entry (this package's README). Forward-over-reverse would cost 12F.
 
     Args:
         loss: L, pure, not under a `torch.func` transform; for at most two reverse-mode derivatives.
