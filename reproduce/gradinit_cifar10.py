@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
-from common.functional import load_parameters_, parameters_of, pure_loss
+from common.functional import parameters_of, pure_loss
 from common.initializers import lsuv_
 from common.networks import make_network
 from common.precision import full_precision
@@ -33,6 +33,7 @@ from papers.metainit import metainit
 from reproduce.command import end_well, make_progress, parse
 from reproduce.gradinit_report import print_report, save_figure, summarise
 from reproduce.images import Splits, epochs_of, fit, prepare
+from reproduce.scales import rescaled, save_scales
 
 EXPERIMENT = "gradinit_cifar10"
 
@@ -325,10 +326,7 @@ def prepared(network: str, arm: Arm, seed: int, splits: Splits, start: dict[str,
     model = initialise(network, seed, splits)
     if arm.init == "lsuv":
         lsuv_(model, next(splits.batches(splits.train, 256)), generator=torch.Generator().manual_seed(seed))
-    params = parameters_of(model)
-    scales = start.get("scales", {})
-    load_parameters_(model, {name: params[name].new_tensor(scale) * params[name] for name, scale in scales.items()})
-    return model
+    return rescaled(model, start.get("scales", {}))
 
 
 def run_training(
@@ -425,7 +423,7 @@ def run(config: Config) -> dict[str, Any]:
         console.print(f"Fewer images than asked for: {epochs} epochs instead of {config.epochs}, for as many updates.")
     with make_progress(quiet=config.quiet) as progress:
         compute(replace(config, epochs=epochs), folder, splits, progress)
-    save_scales(folder)
+    save_scales(folder, "network", "gradinit, metainit")
     environment = {"data": splits.data.identity, "device": device_name(device), "schedule": config.schedule}
     summary = summarise(folder.records, [arm.name for arm in ARMS]) | environment
     save_figure(folder.folder / "figure.png", folder.records, summary)
@@ -471,15 +469,6 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
             record = run_training(config, network, arm, seed, splits, start, extra, checkpoint, lambda _: None)
             folder.append({"kind": "training", "extra_epochs": extra} | key | record)
         progress.update(bar, completed=float(work.index((seed, network, arm)) + 1))
-
-
-def save_scales(folder: Run) -> None:
-    """New norm over old for every tuned tensor: `network/arm/seed/tensor`."""
-    scales: dict[str, Tensor] = {}
-    for record in folder.records:
-        prefix = f"{record['network']}/{record['arm']}/{record['seed']}/"
-        scales |= {prefix + name: torch.tensor(scale) for name, scale in record.get("scales", {}).items()}
-    folder.save_tensors("scales", scales, {"format": "learned-init scales 1", "method": "gradinit, metainit"})
 
 
 def main() -> None:

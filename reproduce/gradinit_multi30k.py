@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common.functional import load_parameters_, parameters_of, pure_loss
+from common.functional import parameters_of, pure_loss
 from common.initializers import tfixup_, transformer_
 from common.networks import Transformer
 from common.precision import full_precision
@@ -44,6 +44,7 @@ from data import (
 from papers.gradinit import gradinit, relative_gradient_variance
 from reproduce.command import end_well, make_progress, parse
 from reproduce.gradinit_multi30k_report import best_learning_rate, print_report, save_figure, summarise
+from reproduce.scales import rescaled, save_scales
 
 EXPERIMENT = "gradinit_multi30k"
 OptimizerName = Literal["adam", "sgd"]
@@ -337,9 +338,7 @@ def run_training(
     device: torch.device, start: dict[str, Any], checkpoint: Path, on_epoch: Callable[[dict[str, float]], None],
 ) -> dict[str, Any]:  # fmt: skip
     model = initialise(config, arm, seed, corpus, device)
-    params = parameters_of(model)
-    scales = start.get("scales", {})
-    load_parameters_(model, {name: params[name].new_tensor(scale) * params[name] for name, scale in scales.items()})
+    rescaled(model, start.get("scales", {}))
     steps = config.updates // config.evaluations
     recipe = TrainingConfig(
         epochs=config.evaluations,
@@ -445,7 +444,7 @@ def run(config: Config) -> dict[str, Any]:
     console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
     with make_progress(quiet=config.quiet) as progress:
         compute(config, folder, corpus, device, progress)
-    save_scales(folder)
+    save_scales(folder, "optimizer", "gradinit")
     environment = {
         "data": corpus.data.identity,
         "device": device_name(device),
@@ -499,15 +498,6 @@ def compute(config: Config, folder: Run, corpus: Corpus, device: torch.device, p
                 trained.append(record)
             best.setdefault((optimizer, arm.name), best_learning_rate(trained))
         progress.update(bar, completed=float(done))
-
-
-def save_scales(folder: Run) -> None:
-    """New norm over old for every tuned tensor: `optimizer/arm/seed/tensor`."""
-    scales: dict[str, Tensor] = {}
-    for record in folder.records:
-        prefix = f"{record['optimizer']}/{record['arm']}/{record['seed']}/"
-        scales |= {prefix + name: torch.tensor(scale) for name, scale in record.get("scales", {}).items()}
-    folder.save_tensors("scales", scales, {"format": "learned-init scales 1", "method": "gradinit"})
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
-from common.functional import load_parameters_, parameters_of, pure_loss
+from common.functional import parameters_of, pure_loss
 from common.networks import make_network
 from common.precision import full_precision
 from common.record import Run, device_name, open_run, write_environment
@@ -31,6 +31,7 @@ from reproduce.command import end_well, make_progress, parse
 from reproduce.images import Splits, epochs_of, fit, prepare
 from reproduce.metainit_arms import ARMS, Arm
 from reproduce.metainit_report import best_learning_rate, print_report, save_figure, summarise
+from reproduce.scales import rescaled, save_scales
 
 EXPERIMENT = "metainit_cifar10"
 
@@ -154,13 +155,6 @@ def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
     with full_precision(device):
         arm.start(model, config.activation, next(splits.batches(splits.train, 256)), generator)
-    return model
-
-
-def rescaled(model: nn.Module, scales: dict[str, float]) -> nn.Module:
-    """MetaInit's result, again, from its record: the same multiplication that `metainit` ends with."""
-    params = parameters_of(model)
-    load_parameters_(model, {name: params[name] * params[name].new_tensor(scale) for name, scale in scales.items()})
     return model
 
 
@@ -302,7 +296,7 @@ def run(config: Config) -> dict[str, Any]:
         console.print(f"Fewer images than asked for: {epochs} epochs instead of {config.epochs}, for as many updates.")
     with make_progress(quiet=config.quiet) as progress:
         compute(replace(config, epochs=epochs), folder, splits, progress)
-    save_scales(folder)
+    save_scales(folder, "network", "metainit")
     environment = {"data": splits.data.identity, "device": device_name(device)}
     summary = summarise(folder.records, [arm.name for arm in ARMS]) | environment
     save_figure(folder.folder / "figure.png", folder.records, summary)
@@ -369,15 +363,6 @@ def total_work(config: Config, meta_work: float, training_work: float) -> float:
         total += seeds * meta_work if arm.metainit else 0.0
         total += (len(config.learning_rates) + seeds - 1) * training_work
     return total * len(config.networks)
-
-
-def save_scales(folder: Run) -> None:
-    """New norm over old for every tuned tensor: `network/arm/seed/tensor`."""
-    scales: dict[str, Tensor] = {}
-    for record in folder.records:
-        prefix = f"{record['network']}/{record['arm']}/{record['seed']}/"
-        scales |= {prefix + name: torch.tensor(scale) for name, scale in record.get("scales", {}).items()}
-    folder.save_tensors("scales", scales, {"format": "learned-init scales 1", "method": "metainit"})
 
 
 def main() -> None:
