@@ -65,3 +65,55 @@ def endless(batches: Iterable[Batch], caller: str) -> Iterator[Batch]:
                 f"{caller}: `batches` must last for every step, got {count} batches. "
                 "Pass a collection or DataLoader (gone through again and again), or fewer `steps`."
             )
+
+
+class of_one_size:  # noqa: N801 - a generator that can be gone through again
+    """Batches of the first one's size; a pass's last may fall short, and sits that pass out.
+
+    Raises:
+        ValueError: When iterated: another size, tensors that do not share one, or what belongs to single examples in a
+            list; with the `remedy`.
+    """
+
+    def __init__(self, batches: Iterable[Batch], caller: str, remedy: str) -> None:
+        self.batches, self.caller, self.remedy, self.size = batches, caller, remedy, None
+
+    def __iter__(self) -> Iterator[Batch]:
+        short: int | None = None
+        for batch in self.batches:
+            length = count_examples(batch, self.caller)
+            self.size = length if self.size is None else self.size
+            if short is not None or length > self.size:
+                raise ValueError(
+                    f"{self.caller}: batches must be of one size, got {short or length} examples after {self.size}; "
+                    f"only a pass's last may fall short. {self.remedy}"
+                )
+            if length < self.size:
+                short = length
+                continue
+            yield batch
+
+
+def count_examples(batch: Batch, caller: str) -> int:
+    """How many examples a batch holds that is to be divided.
+
+    Raises:
+        ValueError: Tensors that do not share one first dimension, or what belongs to single examples in a list.
+    """
+    length = length_of(batch, caller, "A batch must hold tensors whose examples lie along dimension 0.")
+    _check_lists(batch, length, caller)
+    return length
+
+
+def _check_lists(part: Any, length: int, caller: str) -> None:
+    """A list with an entry an example cannot be told from options that belong to all, and would not be divided."""
+    inner = list(part.values()) if isinstance(part, (dict, UserDict)) else part
+    if not isinstance(inner, (list, tuple)):
+        return
+    if isinstance(part, (list, tuple)) and len(part) == length > 1 and not tensors_of(list(part)):
+        raise ValueError(
+            f"{caller}: what belongs to single examples must be in tensors, got a {type(part).__name__} of {length}. "
+            "Encode it as a tensor, or leave it out of the batch."
+        )
+    for entry in inner:
+        _check_lists(entry, length, caller)

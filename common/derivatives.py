@@ -4,7 +4,7 @@ Each is a pure function, differentiable in `params`, and composes with `torch.fu
 `tape`, which live on autograd's own tape, excepted).
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Literal
@@ -168,6 +168,7 @@ def group_gradients(
     *,
     mode: GroupMode = "auto",
     chunk_size: int | None = None,
+    wrt: Iterable[str] | None = None,
 ) -> Params:
     """∇L_k(θ) for each group k of the batch's examples, differentiable in θ.
 
@@ -187,6 +188,7 @@ def group_gradients(
             - `"auto"` is `"vmap"` where that is possible, else `"loop"`: the same numbers up to round-off.
         chunk_size: Groups held in memory at once by `"vmap"`, and by `"shared"` in its backward passes; None: all of
             them, and for `"shared"` one.
+        wrt: Names of the parameters that gradients are taken in; None: all.
 
     Returns:
         `{name: (groups, *shape of the parameter)}`.
@@ -209,23 +211,28 @@ def group_gradients(
     sizes = [len(range(length)[k]) if isinstance(k, slice) else len(k) for k in groups]
     if not sizes or 0 in sizes:
         raise ValueError(f"group_gradients: every group must hold an example, got groups of sizes {sizes}.")
+    moving, still = params, {}
+    if wrt is not None:
+        moving = {name: params[name] for name in wrt}
+        still = {name: leaf for name, leaf in params.items() if name not in moving}
+    of_moving = (lambda theta, batch: loss(still | theta, batch)) if still else loss
     if mode == "shared":
-        return _shared(loss, params, batch, groups, chunk_size)
+        return _shared(of_moving, moving, batch, groups, chunk_size)
     equal = len(set(sizes)) == 1
     if mode == "vmap" and not equal:
         raise ValueError(
             f"group_gradients: mode='vmap' needs groups of one size, got sizes {sizes}. Use mode='loop' or 'auto'."
         )
     if mode == "vmap":
-        return _vmapped(loss, params, batch, groups, chunk_size)
+        return _vmapped(of_moving, moving, batch, groups, chunk_size)
     underlying, failed = _underlying(loss), False
     is_known = isinstance(underlying, Hashable) and underlying in _UNMAPPABLE
     if mode == "auto" and equal and len(groups) > 1 and not is_known:
         try:
-            return _vmapped(loss, params, batch, groups, chunk_size)
+            return _vmapped(of_moving, moving, batch, groups, chunk_size)
         except RuntimeError:  # no batching rule, or control flow on data; what else is wrong the loop raises again
             failed = True
-    by_loop = _stacked([gradient(loss, params, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
+    by_loop = _stacked([gradient(of_moving, moving, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
     if failed and isinstance(underlying, FunctionType):  # what pure_loss makes; others may not take a weak reference
         _UNMAPPABLE.add(underlying)
     return by_loop

@@ -312,6 +312,15 @@ def check_devices(model: nn.Module, batch: Batch, caller: str) -> None:
             )
 
 
+def check_next_batch(model: nn.Module, batch: Batch, classes: int | None, caller: str) -> Batch:
+    """A batch after the first: its device, and its labels where their number of classes is known."""
+    check_devices(model, batch, caller)
+    # On a GPU labels are checked at the first step alone: each check waits for the device.
+    if classes is not None and batch[1].device.type == "cpu":
+        check_labels(batch[1], classes, caller)
+    return batch
+
+
 @torch.no_grad()
 def check_first_batch(
     model: nn.Module,

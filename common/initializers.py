@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from common.networks.layers import gain_of
 from common.networks.transformer import Attention, Transformer, TransformerLayer
+from common.options import check_choice
 from common.types import Batch
 
 __all__ = [
@@ -191,12 +192,6 @@ def _check_positive(caller: str, **values: float | int) -> None:
             raise ValueError(f"{caller}: `{name}` must be positive and finite, got {value}.")
 
 
-def _check_choice(caller: str, choices: tuple[str, ...], **values: str) -> None:
-    for name, value in values.items():
-        if value not in choices:
-            raise ValueError(f"{caller}: `{name}` must be one of {', '.join(choices)}, got {value!r}.")
-
-
 # --- Variance rules ---------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +203,7 @@ def xavier_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0, 
     Reference: Glorot and Bengio, AISTATS 2010.
     """
     _check_positive("xavier_", gain=gain)
-    _check_choice("xavier_", ("normal", "uniform"), distribution=distribution)
+    check_choice("xavier_", "distribution", distribution, ("normal", "uniform"))
     draw = nn.init.xavier_normal_ if distribution == "normal" else nn.init.xavier_uniform_
     _fill_("xavier_", model, lambda W, _: draw(W, gain=gain, generator=generator), generator=generator)
 
@@ -228,8 +223,8 @@ def kaiming_(
 
     Reference: He et al., ICCV 2015.
     """
-    _check_choice("kaiming_", ("fan_in", "fan_out"), mode=mode)
-    _check_choice("kaiming_", ("normal", "uniform"), distribution=distribution)
+    check_choice("kaiming_", "mode", mode, ("fan_in", "fan_out"))
+    check_choice("kaiming_", "distribution", distribution, ("normal", "uniform"))
     gamma = gain_of(nonlinearity)
 
     def draw(W: Tensor, _: nn.Module) -> None:

@@ -8,31 +8,24 @@ Source: Zhu et al., NeurIPS 2021, Algorithm 1, and its released code.
 import copy
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from itertools import islice
-from numbers import Integral
 from typing import Literal
 
-import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from common.derivatives import check_twice_differentiable
 from common.functional import (
     BatchNormMode,
     check_bare,
-    check_devices,
     check_first_batch,
-    check_labels,
+    check_next_batch,
     classification_loss,
-    load_parameters_,
     logits_of,
     pure_loss,
 )
 from common.guard import naming_the_layer
-from common.precision import check_precision, full_precision
-from common.scales import Bounds, Branch, Patterns, RescaleAdam, bounds_of, check_patterns, kinds_of, scalable_tensors
-from common.types import Batch, DerivativeError, InitResult, NotFiniteError, Params, UserLoss
+from common.options import check_choice, check_positive
+from common.scales import Bounds, Branch, Descent, Patterns, RescaleAdam, trainable
+from common.types import Batch, DerivativeError, InitResult, Params, UserLoss
 from papers.gradinit.batching import Pairs, batch_pairs
 from papers.gradinit.objective import Engine, LookAhead, Norm, Step, scale_gradients
 
@@ -131,141 +124,82 @@ def gradinit(
         Zhu et al. 2021, Algorithm 1.
     """
     check_bare(model, "gradinit")
-    _check_options(
-        step, eta, gamma, steps, lr, min_scale, clip, betas, eps, norm, engine, pairs, variant, exact, bounds
+    include, exclude = ((given,) if isinstance(given, str) else given for given in (include, exclude))
+    descent = Descent(
+        caller="gradinit",
+        steps=steps,
+        adam=RescaleAdam(lr=lr, betas=betas, eps=eps, clip=clip, shared_second_moment=shared_second_moment),
+        min_scale=min_scale,
+        bounds=bounds,
+        include=include,
+        exclude=exclude,
+        stuck_at_zero=variant == "released",
     )
+    descent.check()
+    _check_options(step, eta, gamma, norm, engine, pairs, variant, exact)
     if batches is None:
         raise ValueError(
             "gradinit: `batches` must be given, got None: the objective is the loss of real examples. "
             "Pass a DataLoader with an even batch size."
         )
-    include, exclude = ((given,) if isinstance(given, str) else given for given in (include, exclude))
-    check_patterns(model, (*include, *exclude, *(bounds or {})), "gradinit")
-    tuned, skipped = scalable_tensors(model, include=include, exclude=exclude)
-    if not tuned:
-        raise ValueError(
-            "gradinit: at least one trainable tensor must have a non-zero, finite norm and not be left out, got none"
-            f"{': ' + '; '.join(f'{name}, {why}' for name, why in list(skipped.items())[:5]) if skipped else ''}."
-        )
-    theta0 = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    check_precision(theta0, "gradinit")
-    device = theta0[tuned[0]].device
-    cuda_devices = [device] if device.type == "cuda" else []
-    adam = RescaleAdam(lr=lr, betas=betas, eps=eps, clip=clip, shared_second_moment=shared_second_moment)
-    with full_precision(device), torch.random.fork_rng(cuda_devices):  # a DataLoader draws from the global generator
-        m = torch.ones(len(tuned), device=device, dtype=theta0[tuned[0]].dtype)
-        lower, upper = (
-            m.new_tensor(bound) for bound in bounds_of(tuned, kinds_of(model), min_scale=min_scale, bounds=bounds)
-        )
-        state = adam.init(m)
-        loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact_kernels, order=2)
-        look_ahead = _half_stepped(model, loss_fn, batch_norm, exact_kernels) if variant == "released" else None
-        entries: list[dict[str, float | Tensor]] = []
-        classes: int | None = None
-        branch: Branch = "objective"
-        with Progress(transient=True) if progress else nullcontext() as bar:
-            task = bar.add_task("GradInit", total=steps) if bar is not None else None
-            for t, (batch, other) in enumerate(islice(batch_pairs(batches, pairs), steps), start=1):
-                if t == 1:
-                    check_first_batch(model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels)
-                    if loss_fn is classification_loss:
-                        classes = logits_of(model, batch[0], "gradinit", batch_norm).shape[1]
-                    _check_step(step, theta0)
-                _check_batch(model, batch, classes)
-                try:
-                    with naming_the_layer(
-                        model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels, order=2
-                    ):
-                        if t == 1 and engine != "finite_difference" and (exact or gamma < math.inf):
-                            check_twice_differentiable(loss, theta0, batch, "gradinit")
-                        branch, d, metrics = scale_gradients(
-                            loss,
-                            theta0,
-                            dict(zip(tuned, m.unbind(), strict=True)),
-                            batch,
-                            lambda other=other, k=classes: _check_batch(model, other(), k),
-                            step=step,
-                            eta=eta,
-                            gamma=gamma,
-                            exact=exact,
-                            norm=norm,
-                            engine=engine,
-                            expected=branch,  # the last branch is a good forecast
-                            look_ahead=look_ahead,
-                        )
-                except DerivativeError as error:
-                    raise DerivativeError(f"{error} Or pass engine='finite_difference', which needs none.") from error
-                except NotFiniteError as error:
-                    raise NotFiniteError(_not_finite(t, error, m, tuned)) from error
-                if t == 1 and metrics["gradient_norm"] == 0:
-                    raise ValueError(
-                        "gradinit: the loss must depend on the model's parameters, got a gradient that is zero "
-                        "everywhere. Likely cause: `loss_fn` uses another model than the one it is given. "
-                        "The model is unchanged."
-                    )
-                moved, state = adam.update(m, torch.stack(list(d.values())), branch, state, lower=lower, upper=upper)
-                m = torch.where(m == 0, m, moved) if variant == "released" else moved
-                entries.append(
-                    {
-                        "step": float(t),
-                        "constraint": float(branch == "constraint"),
-                        "loss": metrics["loss"].item(),
-                        "gradient_norm": metrics["gradient_norm"].item(),
-                        "look_ahead_loss": metrics.get(
-                            "look_ahead_loss", math.nan
-                        ),  # stays on its device until the end
-                    }
-                )
-                if on_step is not None:
-                    on_step(_plain(entries[-1:])[0])
-                if bar is not None and task is not None:
-                    shown = (
-                        f"GradInit  loss {entries[-1]['loss']:.3g}, gradient norm {entries[-1]['gradient_norm']:.3g}"
-                    )
-                    bar.update(task, advance=1, description=shown)
+    theta0 = trainable(model)
+    loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact_kernels, order=2)
+    look_ahead = _half_stepped(model, loss_fn, batch_norm, exact_kernels) if variant == "released" else None
+    stream = batch_pairs(batches, pairs)
+    classes: int | None = None
 
-        scales = dict(zip(tuned, m.tolist(), strict=True))
-        if broken := [name for name, scale in scales.items() if not math.isfinite(scale)]:
-            raise NotFiniteError(
-                f"gradinit: every multiplier must end finite, got another for {', '.join(broken[:3])} after the last "
-                "step. Likely cause: a second derivative that overflows (start from smaller weights, or use float64). "
+    def slopes(t: int, m: Params, last: Branch) -> tuple[Branch, Params, dict[str, float | Tensor]]:
+        nonlocal classes
+        batch, other = next(stream)
+        if t == 1:
+            check_first_batch(model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels)
+            if loss_fn is classification_loss:
+                classes = logits_of(model, batch[0], "gradinit", batch_norm).shape[1]
+            _check_step(step, theta0)
+        check_next_batch(model, batch, classes, "gradinit")
+        try:
+            with naming_the_layer(
+                model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels, order=2
+            ):
+                if t == 1 and engine != "finite_difference" and (exact or gamma < math.inf):
+                    check_twice_differentiable(loss, theta0, batch, "gradinit")
+                branch, d, metrics = scale_gradients(
+                    loss,
+                    theta0,
+                    m,
+                    batch,
+                    lambda: check_next_batch(model, other(), classes, "gradinit"),
+                    step=step,
+                    eta=eta,
+                    gamma=gamma,
+                    exact=exact,
+                    norm=norm,
+                    engine=engine,
+                    expected=last,  # the last branch is a good forecast
+                    look_ahead=look_ahead,
+                )
+        except DerivativeError as error:
+            raise DerivativeError(f"{error} Or pass engine='finite_difference', which needs none.") from error
+        if t == 1 and metrics["gradient_norm"] == 0:
+            raise ValueError(
+                "gradinit: the loss must depend on the model's parameters, got a gradient that is zero "
+                "everywhere. Likely cause: `loss_fn` uses another model than the one it is given. "
                 "The model is unchanged."
             )
-        multipliers = dict(zip(tuned, m.unbind(), strict=True))
-        load_parameters_(model, {name: multipliers[name] * theta0[name] for name in tuned})
-    return InitResult(scales, _plain(entries), skipped)
+        return (
+            branch,
+            d,
+            {
+                "loss": metrics["loss"].item(),
+                "gradient_norm": metrics["gradient_norm"].item(),
+                "look_ahead_loss": metrics.get("look_ahead_loss", math.nan),  # stays on its device until the end
+            },
+        )
+
+    return descent.run(model, slopes, shown=("loss", "gradient_norm"), on_step=on_step, progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------- its small parts
-def _plain(entries: list[dict[str, float | Tensor]]) -> list[dict[str, float]]:
-    """All numbers that are still on the device, in one transfer."""
-    waiting = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
-    numbers = iter(torch.stack(waiting).tolist() if waiting else [])
-    return [{key: next(numbers) if isinstance(v, Tensor) else v for key, v in entry.items()} for entry in entries]
-
-
-def _not_finite(t: int, error: NotFiniteError, m: Tensor, tuned: list[str]) -> str:
-    """What went wrong at step t: its own numbers, or the multipliers that the step before left."""
-    if broken := [name for name, scale in zip(tuned, m.tolist(), strict=True) if not math.isfinite(scale)]:
-        return (
-            f"gradinit: the gradient of every multiplier must be finite, got another at step {t - 1} for "
-            f"{', '.join(broken[:3])}{' and others' if len(broken) > 3 else ''}. Likely cause: a look-ahead step or a "
-            "second derivative that overflows (a smaller `eta` or weights, or float64). The model is unchanged."
-        )
-    return (
-        f"gradinit: at step {t}: {str(error).split(': ', 1)[-1]} Likely causes: activations that overflow (start from "
-        "smaller weights, a smaller `lr`, or float64), or a batch that holds NaN. The model is unchanged."
-    )
-
-
-def _check_batch(model: nn.Module, batch: Batch, classes: int | None) -> Batch:
-    check_devices(model, batch, "gradinit")
-    # On a GPU labels are checked at the first step alone: each check waits for the device.
-    if classes is not None and batch[1].device.type == "cpu":
-        check_labels(batch[1], classes, "gradinit")
-    return batch
-
-
 def _half_stepped(
     model: nn.Module, loss_fn: UserLoss, batch_norm: BatchNormMode, exact_kernels: bool
 ) -> LookAhead | None:
@@ -310,58 +244,21 @@ def _check_step(step: Step, theta0: Params) -> None:
 
 
 def _check_options(
-    step: object,
-    eta: float,
-    gamma: float,
-    steps: int,
-    lr: float,
-    min_scale: float,
-    clip: float | None,
-    betas: tuple[float, float],
-    eps: float,
-    norm: str | None,
-    engine: str,
-    pairs: str,
-    variant: str,
-    exact: bool,
-    bounds: Bounds | None,
+    step: object, eta: float, gamma: float, norm: str | None, engine: str, pairs: str, variant: str, exact: bool
 ) -> None:
     if not callable(step):
         if not isinstance(step, str):
             raise TypeError(f"gradinit: `step` must be a name or a function, got {type(step).__name__}.")
-        _check_choice("step", step, _STEPS, " Or pass a function from gradients to a direction.")
-    _check_choice("norm", norm, (None, "l1", "l2"))
-    _check_choice("engine", engine, ("nested", "lazy", "finite_difference"))
-    _check_choice("pairs", pairs, ("halves", "thirds", "disjoint"))
-    _check_choice("variant", variant, ("paper", "released"))
+        check_choice("gradinit", "step", step, _STEPS, " Or pass a function from gradients to a direction.")
+    check_choice("gradinit", "norm", norm, (None, "l1", "l2"))
+    check_choice("gradinit", "engine", engine, ("nested", "lazy", "finite_difference"))
+    check_choice("gradinit", "pairs", pairs, ("halves", "thirds", "disjoint"))
+    check_choice("gradinit", "variant", variant, ("paper", "released"))
+    check_positive("gradinit", eta=eta)
     if not gamma > 0:
         raise ValueError(
             f"gradinit: `gamma` (the gradient-norm bound γ) must be positive, got {gamma}. "
             "Pass float('inf') to drop the constraint."
         )
-    if not isinstance(steps, Integral) or steps < 0:
-        raise ValueError(f"gradinit: `steps` must be a whole number, 0 or more, got {steps}.")
-    for name, value in {"eta": eta, "eps": eps}.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"gradinit: `{name}` must be positive and finite, got {value}.")
-    if not (lr >= 0 and math.isfinite(lr)):
-        raise ValueError(f"gradinit: `lr` must be finite, 0 or more, got {lr}.")
-    if not 0 <= min_scale <= 1:
-        raise ValueError(f"gradinit: `min_scale` must lie in [0, 1], got {min_scale}: multipliers start at 1.")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"gradinit: `clip` must be positive, got {clip}. Pass None for no bound.")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"gradinit: `betas` must lie in [0, 1), got {betas}.")
-    for pattern, (low, high) in (bounds or {}).items():
-        if not 0 <= low <= 1 <= high:
-            raise ValueError(
-                f"gradinit: `bounds` must be pairs (smallest, largest) with 0 ≤ smallest ≤ 1 ≤ largest, got "
-                f"({low}, {high}) for {pattern!r}."
-            )
     if exact and variant == "released":
         raise ValueError("gradinit: `exact` is not part of the released code, got both. Leave variant='paper'.")
-
-
-def _check_choice(name: str, value: str | None, choices: tuple, remedy: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"gradinit: `{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.{remedy}")

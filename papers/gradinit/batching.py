@@ -5,13 +5,12 @@ The released vision code draws half-batches A, B, C in turn from one shuffled st
 each in three: S = [0, 2q), S̃ = [q, N) with q = ⌊N/3⌋ (`"thirds"`).
 """
 
-from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from common.batches import endless, length_of, map_tensors, tensors_of
+from common.batches import count_examples, endless, map_tensors, of_one_size, tensors_of
 from common.types import Batch
 
 Pairs = Literal["halves", "thirds", "disjoint"]
@@ -44,14 +43,15 @@ def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[P
     """
     if pairs == "thirds":
         for batch in endless(batches, "gradinit"):
-            N = _length(batch)
+            N = count_examples(batch, "gradinit")
             if N < 3:
                 raise ValueError(
                     f"gradinit: pairs='thirds' needs batches of at least 3 examples, got {N}. Use larger batches."
                 )
             q = N // 3
             yield _part(batch, 0, 2 * q), lambda batch=batch, q=q, N=N: _part(batch, q, N)
-    stream = _halves(endless(_of_one_size(batches), "gradinit"))
+    remedy = "Use drop_last=True, or pairs='thirds' for batches of changing size."
+    stream = _halves(endless(of_one_size(batches, "gradinit", remedy), "gradinit"))
     for A in stream:
 
         def other(A: Batch = A) -> Batch:
@@ -60,59 +60,16 @@ def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[P
         yield _join(A, next(stream)), other
 
 
-class _of_one_size:  # noqa: N801 - a generator that can be gone through again
-    """Batches of the first one's size. A pass's last batch may fall short and is left out."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches, self.size = batches, None
-
-    def __iter__(self) -> Iterator[Batch]:
-        short: int | None = None
-        for batch in self.batches:
-            length = _length(batch)
-            if self.size is None:
-                if length < 2 or length % 2:
-                    raise ValueError(
-                        f"gradinit: batches must hold an even number of examples, 2 or more, got {length}: S̃ shares "
-                        "half of S. Use an even batch size, or pairs='thirds' (3 or more)."
-                    )
-                self.size = length
-            if short is not None or length > self.size:
-                raise ValueError(
-                    f"gradinit: batches must be of one size, got {short or length} examples after {self.size}; only a "
-                    "pass's last may fall short. Use drop_last=True, or pairs='thirds' for batches of changing size."
-                )
-            if length < self.size:
-                short = length
-                continue
-            yield batch
-
-
 def _halves(batches: Iterator[Batch]) -> Iterator[Batch]:
     for batch in batches:
-        n = _length(batch)
+        n = count_examples(batch, "gradinit")
+        if n < 2 or n % 2:
+            raise ValueError(
+                f"gradinit: batches must hold an even number of examples, 2 or more, got {n}: S̃ shares half of S. "
+                "Use an even batch size, or pairs='thirds' (3 or more)."
+            )
         yield _part(batch, 0, n // 2)
         yield _part(batch, n // 2, n)
-
-
-def _length(batch: Batch) -> int:
-    length = length_of(batch, "gradinit", "A batch must hold tensors whose examples lie along dimension 0.")
-    _check_lists(batch, length)
-    return length
-
-
-def _check_lists(part: Any, length: int) -> None:
-    """A list with an entry an example cannot be told from options that belong to all, and would not be divided."""
-    inner = list(part.values()) if isinstance(part, (dict, UserDict)) else part
-    if not isinstance(inner, (list, tuple)):
-        return
-    if isinstance(part, (list, tuple)) and len(part) == length > 1 and not tensors_of(list(part)):
-        raise ValueError(
-            f"gradinit: what belongs to single examples must be in tensors, got a {type(part).__name__} of {length}. "
-            "Encode it as a tensor, or leave it out of the batch."
-        )
-    for entry in inner:
-        _check_lists(entry, length)
 
 
 def _part(batch: Batch, start: int, end: int) -> Batch:

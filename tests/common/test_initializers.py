@@ -766,10 +766,10 @@ def test_skipinit_and_rezero_set_their_scalars_and_nothing_else_without_a_genera
 LINEAR = partial(nn.Linear, 3, 4)
 ERRORS = [
     (partial(initializers.xavier_, gain=0.0), LINEAR, r"xavier_: `gain` must be positive and finite, got 0.0"),
-    (partial(initializers.xavier_, distribution="cauchy"), LINEAR, r"xavier_: `distribution` must be one of normal"),
-    (partial(kaiming_, mode="fan"), LINEAR, r"kaiming_: `mode` must be one of fan_in, fan_out, got 'fan'"),
+    (partial(initializers.xavier_, distribution="cauchy"), LINEAR, r"xavier_: `distribution` must be one of 'normal'"),
+    (partial(kaiming_, mode="fan"), LINEAR, r"kaiming_: `mode` must be one of 'fan_in', 'fan_out', got 'fan'"),
     (partial(kaiming_, nonlinearity="rel"), LINEAR, r"make_activation: `name` must be one of"),
-    (partial(kaiming_, distribution="cauchy"), LINEAR, r"kaiming_: `distribution` must be one of normal, uniform"),
+    (partial(kaiming_, distribution="cauchy"), LINEAR, r"kaiming_: `distribution` must be one of 'normal', 'uniform'"),
     (partial(initializers.orthogonal_, gain=float("nan")), LINEAR, r"orthogonal_: `gain` must be positive .* got nan"),
     (partial(initializers.delta_orthogonal_, gain=-1.0), LINEAR, r"delta_orthogonal_: `gain` must be positive"),
     (partial(initializers.normal_, std=-0.1), LINEAR, r"normal_: `std` must be positive and finite, got -0.1"),
