@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from common.derivatives import check_twice_differentiable
+from common.descent import Descent, trainable
 from common.functional import (
     BatchNormMode,
     check_bare,
@@ -23,8 +24,8 @@ from common.functional import (
     pure_loss,
 )
 from common.guard import naming_the_layer
-from common.options import check_choice, check_positive
-from common.scales import Bounds, Branch, Descent, Patterns, RescaleAdam, trainable
+from common.options import check_choice, check_number, check_positive
+from common.scales import Bounds, Branch, Patterns, RescaleAdam
 from common.types import Batch, DerivativeError, InitResult, Params, UserLoss
 from papers.gradinit.batching import Pairs, batch_pairs
 from papers.gradinit.objective import Engine, LookAhead, Norm, Step, scale_gradients
@@ -107,7 +108,8 @@ def gradinit(
         `look_ahead_loss` on S̃ or NaN where it was not needed; all *before* the iteration's update) and `skipped`.
 
     Raises:
-        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a step that is neither name nor function.
+        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a step that is neither name nor function;
+            an option of another type.
         ValueError: An option out of range; nothing to scale; batches that do not fit the model, cannot be halved,
             change in size or end too soon.
         NotFiniteError: A loss or gradient that is not finite, with the step and the tensors (a ValueError too).
@@ -255,6 +257,7 @@ def _check_options(
     check_choice("gradinit", "pairs", pairs, ("halves", "thirds", "disjoint"))
     check_choice("gradinit", "variant", variant, ("paper", "released"))
     check_positive("gradinit", eta=eta)
+    check_number("gradinit", " Pass float('inf') to drop the constraint.", gamma=gamma)
     if not gamma > 0:
         raise ValueError(
             f"gradinit: `gamma` (the gradient-norm bound γ) must be positive, got {gamma}. "

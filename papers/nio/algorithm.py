@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.batches import endless, length_of, map_tensors, of_one_size
 from common.derivatives import Group, GroupMode, check_twice_differentiable
+from common.descent import Descent, trainable
 from common.functional import (
     BatchNormMode,
     check_bare,
@@ -26,8 +27,8 @@ from common.functional import (
     uses_batch_statistics,
 )
 from common.guard import naming_the_layer
-from common.options import check_choice, check_positive, check_whole
-from common.scales import Bounds, Branch, Descent, Patterns, RescaleAdam, check_patterns, kinds_of, matches, trainable
+from common.options import check_choice, check_number, check_positive, check_whole
+from common.scales import Bounds, Branch, Patterns, RescaleAdam, check_patterns, kinds_of, matches
 from common.types import Batch, InitResult, Params, PureLoss, UserLoss
 from papers.nio.batching import Rule, grad_cosine_floor, windows
 from papers.nio.objective import OBJECTIVES, Coupling, Objective, scale_gradients
@@ -118,7 +119,7 @@ def nio(
         the iteration's update) and `skipped`.
 
     Raises:
-        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`).
+        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); an option of another type.
         ValueError: An option out of range; "examples" where BatchNorm couples them; nothing to scale; batches that do
             not fit the model, hold one example, change in size or end too soon.
         NotFiniteError: A loss or gradient that is not finite, with the step and the tensors (a ValueError too).
@@ -152,16 +153,21 @@ def nio(
     descent.check()
     check_choice("nio", "variant", variant, ("paper", "released"))
     released = variant == "released"
-    rule = rule or ("released" if released else "intended")
-    coupling = coupling or ("shared" if released else "independent")
-    in_gradient = _gradient_tensors(model, grad_params or ("released" if released else "without_batch_norm"))
-    _check_options(splits, objective, gamma, norm_weight, rule, coupling, chunk_size)
+    if rule is None:
+        rule = "released" if released else "intended"
+    if coupling is None:
+        coupling = "shared" if released else "independent"
+    if grad_params is None:
+        grad_params = "released" if released else "without_batch_norm"
+    in_gradient = _gradient_tensors(model, grad_params)
+    _check_options(splits, overlap, objective, gamma, norm_weight, rule, coupling, chunk_size)
     if batches is None:
         raise ValueError(
             "nio: `batches` must be given, got None: the objective compares gradients of real examples. "
             "Pass a DataLoader."
         )
-    chosen = _choose_splits(model, splits, coupling, batch_norm)
+    coupled = coupling == "independent" and uses_batch_statistics(model, batch_norm)
+    chosen = _choose_splits(splits, overlap, coupled=coupled)
     by_example = chosen == "examples"
     chunk_size = chunk_size or (32 if by_example else 4)
     shared = coupling == "shared"
@@ -177,7 +183,7 @@ def nio(
     def slopes(t: int, m: Params, _: Branch) -> tuple[Branch, Params, dict[str, float | Tensor]]:
         nonlocal classes, loss, mode
         batch = next(stream)
-        groups, floor = _groups(batch, chosen, overlap, rule, include_diagonal)
+        groups, floor = _groups(batch, chosen, overlap, rule, include_diagonal, coupled=coupled)
         if t == 1:
             mean_loss = loss_fn if not shared or loss_fn is classification_loss else _mean_of(loss_fn)
             check_first_batch(model, mean_loss, batch, "nio", batch_norm=batch_norm, exact=exact_kernels)
@@ -219,9 +225,8 @@ def nio(
 
 
 # ---------------------------------------------------------------------------------------------- its small parts
-def _choose_splits(model: nn.Module, splits: Splits | None, coupling: Coupling, batch_norm: BatchNormMode) -> Splits:
+def _choose_splits(splits: Splits | None, overlap: float, *, coupled: bool) -> Splits:
     """Examples where they are independent, else four sub-batches."""
-    coupled = uses_batch_statistics(model, batch_norm) and coupling == "independent"
     if splits == "examples" and coupled:
         raise ValueError(
             "nio: an example alone has no batch statistics, got splits='examples' for a model with BatchNorm. Pass "
@@ -235,11 +240,15 @@ def _choose_splits(model: nn.Module, splits: Splits | None, coupling: Coupling, 
             stacklevel=3,
         )
         return 4
+    if splits in (None, "examples") and overlap > 0:
+        raise ValueError(
+            f"nio: `overlap` is what sub-batches share, got {overlap} for single examples. Pass `splits`, a number."
+        )
     return "examples" if splits is None else splits
 
 
 def _groups(
-    batch: Batch, splits: Splits, overlap: float, rule: Rule, include_diagonal: bool
+    batch: Batch, splits: Splits, overlap: float, rule: Rule, include_diagonal: bool, *, coupled: bool
 ) -> tuple[Sequence[Group] | None, float]:
     """The groups of a batch, and the GC that shared examples alone would give."""
     B = length_of(batch, "nio", "A batch must hold tensors whose examples lie along dimension 0.")
@@ -249,6 +258,11 @@ def _groups(
         n, off, groups = B, 0.0, None
     else:
         groups = windows(B, splits, overlap, rule=rule)
+        if coupled and min(group.stop - group.start for group in groups) < 2:
+            raise ValueError(
+                f"nio: a sub-batch must hold two examples or more to have batch statistics, got {splits} sub-batches "
+                f"of {B} examples. Use larger batches, fewer `splits`, or coupling='shared'."
+            )
         n, off = splits, grad_cosine_floor(groups)
     return groups, (1 + (n - 1) * off) / n if include_diagonal else off
 
@@ -329,6 +343,7 @@ def _mean_of_pure(loss: PureLoss) -> PureLoss:
 
 def _check_options(
     splits: Splits | None,
+    overlap: float,
     objective: str,
     gamma: float,
     norm_weight: float,
@@ -342,8 +357,12 @@ def _check_options(
     check_choice("nio", "rule", rule, ("intended", "released"))
     check_choice("nio", "coupling", coupling, ("independent", "shared"))
     check_positive("nio", norm_weight=norm_weight)
+    check_number("nio", overlap=overlap)
+    if not 0 <= overlap <= 1:
+        raise ValueError(f"nio: `overlap` must lie in [0, 1], got {overlap}: a share of a sub-batch's own length.")
     if chunk_size is not None:
         check_whole("nio", smallest=1, chunk_size=chunk_size)
+    check_number("nio", " Pass float('inf') to drop the constraint.", gamma=gamma)
     if not gamma > 0:
         raise ValueError(
             f"nio: `gamma` (the bound γ on the mean gradient norm) must be positive, got {gamma}. "

@@ -12,7 +12,7 @@ from typing import Literal
 
 from scipy.optimize import root_scalar
 
-from common.options import check_choice, check_whole
+from common.options import check_choice, check_number, check_whole
 
 Rule = Literal["intended", "released"]
 
@@ -32,7 +32,8 @@ def windows(batch_size: int, splits: int, overlap: float = 0.0, *, rule: Rule = 
         rule: Which.
 
     Raises:
-        ValueError: An option out of range.
+        TypeError: An option that is no number.
+        ValueError: One out of range.
 
     Example:
         >>> windows(64, 4, 0.2)
@@ -45,6 +46,7 @@ def windows(batch_size: int, splits: int, overlap: float = 0.0, *, rule: Rule = 
             f"windows: each window needs an example of its own, got {splits} windows of {batch_size} examples. "
             "Use larger batches or fewer `splits`."
         )
+    check_number("windows", overlap=overlap)
     if not 0 <= overlap <= 1:
         raise ValueError(f"windows: `overlap` must lie in [0, 1], got {overlap}: a share of a window's own length.")
     L, B, D, r = batch_size // splits, batch_size, splits, overlap

@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from common.types import NotFiniteError
 from data import load_images
-from reproduce import gradinit_cifar10 as module
-from reproduce.gradinit_cifar10 import ARMS, PRESETS, RECIPES, Arm, epochs_worth, order_of_work, recipe_of, run
+from reproduce import cifar
+from reproduce.cifar import RECIPES, epochs_worth, order_of_work, recipe_of
+from reproduce.gradinit_cifar10 import EXPERIMENT, PRESETS, run
 from reproduce.images import Splits
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of, whole_lines
 
+ARMS = EXPERIMENT.arms
 run_command = partial(commands.run_command, "gradinit_cifar10")
 pytestmark = pytest.mark.xdist_group("reproduce gradinit")
 
@@ -90,8 +92,8 @@ def test_gradinit_starts_where_its_twin_starts(complete):
     record = next(r for r in records_of(folder) if "scales" in r and r["arm"] == "GradInit")
     data = load_images("digits", train=128, test=100)
     splits = Splits(data.train, data.train.take(torch.arange(0)), data.test, data)
-    before = module.initialise(record["network"], record["seed"], splits)
-    after = module.prepared(record["network"], ARMS[1], record["seed"], splits, record)
+    before = cifar.initialise(record["network"], record["seed"], splits)
+    after = cifar.prepared(record["network"], ARMS[1], record["seed"], splits, record, PRESETS["smoke"])
     for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(q, p * record["scales"].get(name, 1.0))
 
@@ -112,7 +114,7 @@ def test_what_gradinit_costs_is_counted_by_branch_and_forecast():
 
 
 def test_the_claim_is_worked_on_first_seed_by_seed():
-    order = list(order_of_work(PRESETS["acc1"]))
+    order = list(order_of_work(PRESETS["acc1"], ARMS))
     claims = [work for work in order if work[2] in ARMS[:2]]
     assert order[: len(claims)] == claims
     assert [seed for seed, _, _ in claims] == sorted(seed for seed, _, _ in claims)
@@ -137,7 +139,7 @@ def test_a_start_too_bad_for_gradinit_is_a_result(tmp_path, monkeypatch):
     def failing(model, **options):
         raise NotFiniteError("gradinit: at step 1: loss and gradient must be finite.")
 
-    monkeypatch.setattr(module, "gradinit", failing)
+    monkeypatch.setattr(cifar, "gradinit", failing)
     torch.set_default_dtype(torch.float32)
     options = {"data": "digits", "output": tmp_path / "run", "quiet": True, "networks": ("resnet-8",), "seeds": 1}
     summary = run(replace(PRESETS["smoke"], learning_rate=1e30, **options))
@@ -177,5 +179,3 @@ def test_on_real_data(real_data, tmp_path):
 
 def test_arms_are_named_once():
     assert len({arm.name for arm in ARMS}) == len(ARMS)
-    assert isinstance(ARMS[1], Arm)
-    assert ARMS[1].init == "gradinit"

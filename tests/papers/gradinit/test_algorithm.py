@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from common import descent
 from common.functional import parameters_of, pure_loss
 from common.scales import kinds_of
 from common.types import DerivativeError, NotFiniteError
@@ -184,22 +185,30 @@ def check_stuck_at_zero(module):
 
 CHECKS = [check_algorithm_1, check_history, check_bounds, check_released_ties, check_stuck_at_zero]
 MUTANTS = {
-    "model written with other multipliers": ("{name: multipliers[name] *", "{name: multipliers[name] ** 2 *"),
-    "moments of one branch": ("(list(d.values())), branch, state", '(list(d.values())), "objective", state'),
-    "state forgotten": ("moved, state = adam.update(", "moved, _ = adam.update("),
-    "bounds swapped": ("lower=lower, upper=upper)", "lower=upper, upper=lower)"),
-    "no lower bound": ("lower=lower, upper=upper)", "upper=upper)"),
-    "eta at its default": ("                            eta=eta,\n", ""),
-    "gamma at its default": ("                            gamma=gamma,\n", ""),
+    "eta at its default": ("                    eta=eta,\n", ""),
+    "gamma at its default": ("                    gamma=gamma,\n", ""),
     "released in the paper's place": ('if variant == "released" else None\n', 'if variant == "paper" else None\n'),
-    "never stuck": ('torch.where(m == 0, m, moved) if variant == "released" else moved', "moved"),
-    "always stuck": ('m, moved) if variant == "released" else moved', "m, moved)"),
-    "branch inverted in the history": ('float(branch == "constraint")', 'float(branch == "objective")'),
-    "one iteration short": ("(batches, pairs), steps)", "(batches, pairs), steps - 1)"),
-    "S in the place of S̃": ("_check_batch(model, other(), k)", "_check_batch(model, batch, k)"),
+    "never stuck": ('stuck_at_zero=variant == "released"', "stuck_at_zero=False"),
+    "always stuck": ('stuck_at_zero=variant == "released"', "stuck_at_zero=True"),
+    "S in the place of S̃": ("check_next_batch(model, other(), c", "check_next_batch(model, batch, c"),
     "no clipping": ("clip=clip, shared", "clip=None, shared"),
     "running statistics of the moments": ("betas=betas, eps=eps", "betas=(0.5, 0.5), eps=eps"),
+    "no smallest scale": ("min_scale=min_scale", "min_scale=0.0"),
 }  # fmt: skip
+DESCENT_MUTANTS = {
+    "model written with other multipliers": ("{name: m[k] * theta0", "{name: m[k] ** 2 * theta0"),
+    "moments of one branch": ("m, torch.stack([d[name] for name in tuned]), branch, state,",
+        'm, torch.stack([d[name] for name in tuned]), "objective", state,'),
+    "state forgotten": ("moved, state = self.adam.update(", "moved, _ = self.adam.update("),
+    "bounds swapped": ("lower=lower, upper=upper\n", "lower=upper, upper=lower\n"),
+    "no lower bound": ("lower=lower, upper=upper\n", "upper=upper\n"),
+    "never stuck": ("m, moved) if self.stuck_at_zero else moved", "m, moved) if False else moved"),
+    "always stuck": ("m, moved) if self.stuck_at_zero else moved", "m, moved)"),
+    "branch inverted in the history": ('float(branch == "constraint")', 'float(branch == "objective")'),
+    "one iteration short": ("range(1, self.steps + 1)", "range(1, self.steps)"),
+    "forecast of the other branch": ("strict=True)), branch)\n", 'strict=True)), "objective")\n'),
+}  # fmt: skip
+EQUIVALENT = {"forecast of the other branch"}  # a forecast is a matter of cost
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -214,6 +223,15 @@ def test_every_mutant_is_caught(mutant):
     import papers.gradinit.algorithm as module
 
     assert not survives(CHECKS, mutated(module, *MUTANTS[mutant]))
+
+
+@pytest.mark.parametrize("mutant", DESCENT_MUTANTS, ids=DESCENT_MUTANTS)
+def test_every_mutant_of_the_descent_is_caught(mutant):
+    import papers.gradinit.algorithm as module
+
+    module = mutated(module, "descent = Descent(", "descent = Descent(")  # a copy, to be given another descent
+    module.Descent = mutated(descent, *DESCENT_MUTANTS[mutant]).Descent  # pyright: ignore[reportAttributeAccessIssue]
+    assert survives(CHECKS, module) == (mutant in EQUIVALENT)
 
 
 @pytest.mark.parametrize("engine", ["lazy", "nested"])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+from common import batches
 from papers.gradinit import batching
 from papers.gradinit.batching import batch_pairs
 from tests.mutation import mutated, survives
@@ -72,7 +73,10 @@ MUTANTS = {
     "S of one third": ("yield _part(batch, 0, 2 * q)", "yield _part(batch, 0, q)"),
     "S̃ without overlap": ("_part(batch, q, N)", "_part(batch, 2 * q, N)"),
     "S̃ short of its tail": ("_part(batch, q, N)", "_part(batch, q, 3 * q)"),
+}
+STREAM_MUTANTS = {
     "tail used": ("                short = length\n                continue", "                short = length"),
+    "size of the last": ("length if self.size is None else self.size", "length"),
 }
 
 
@@ -84,6 +88,13 @@ def test_the_implementation_passes(check):
 @pytest.mark.parametrize("mutant", MUTANTS, ids=MUTANTS)
 def test_every_mutant_is_caught(mutant):
     assert not survives(CHECKS, mutated(batching, *MUTANTS[mutant]))
+
+
+@pytest.mark.parametrize("mutant", STREAM_MUTANTS, ids=STREAM_MUTANTS)
+def test_every_mutant_of_the_stream_is_caught(mutant):
+    module = mutated(batching, "for A in stream:", "for A in stream:")  # a copy, to be given another stream
+    module.of_one_size = mutated(batches, *STREAM_MUTANTS[mutant]).of_one_size  # pyright: ignore[reportAttributeAccessIssue]
+    assert not survives(CHECKS, module)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 7), st.lists(st.booleans(), min_size=1, max_size=12))

@@ -1,0 +1,184 @@
+"""Does NIO make a network's first epoch better than its own initialisation and GradInit do, and at what cost?
+
+The paper's CIFAR networks with and without BatchNorm, trained by GradInit's recipe (the paper's own is not known) from
+their own initialisation, after NIO over single examples and over sub-batches, after GradInit and MetaInit, with the
+epochs that NIO costs added, and with warm-up.
+
+    python -m reproduce.nio_cifar10 [--preset smoke|quick|acc1|paper] [--data cifar100] [--data-dir FOLDER]
+        [--output FOLDER]
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from common.scales import kinds_of
+from common.types import InitResult
+from papers.nio import nio, windows
+from reproduce import cifar
+from reproduce.cifar import Arm, Experiment, Start, by_gradinit, by_metainit, recorded
+from reproduce.command import end_well, parse
+from reproduce.nio_report import print_report, save_figure, summarise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(cifar.Config):
+    """Options. A preset sets them all; each can be overridden."""
+
+    networks: tuple[str, ...] = ("resnet-14", "resnet-14-bn")
+    """Names of common.networks, with -bn for BatchNorm."""
+    nio_steps: int = 100
+    """NIO: T, the released default."""
+    nio_learning_rate: float = 1e-2
+    """NIO: τ; ours, within the range of GradInit's released ones (the paper's for CIFAR is not known)."""
+    nio_batch_size: int = 64
+    """NIO: examples of S, as released for ImageNet."""
+    nio_splits: int = 4
+    """NIO: D of the arm with sub-batches, as released for ImageNet."""
+    nio_overlap: float = 0.0
+    """NIO: r of that arm. Ours: an overlap raises GradCosine by shared examples alone."""
+    nio_objective: Literal["gc", "gc_gn", "gc_gn_sqrt", "gv", "gv_gn", "gv_gn_sqrt"] = "gc"
+    """NIO: the paper's objective, or one of the released ones."""
+    nio_norm_bound: float = 2.0
+    """NIO: γ, as a multiple of the mean gradient norm at the start. Ours."""
+
+
+PRESETS = {
+    "smoke": Config(
+        preset="smoke",
+        networks=("resnet-8", "resnet-8-bn"),
+        train_images=128,
+        test_images=100,
+        steps=4,
+        nio_steps=3,
+        nio_batch_size=16,
+        metainit_steps=2,
+        metainit_batch_size=8,
+        seeds=2,
+        epochs=1,
+        batch_size=32,
+        meta_learning_rate=0.05,
+        nio_learning_rate=0.05,
+        cutout=8,
+    ),
+    "quick": Config(
+        preset="quick",
+        train_images=1_500,
+        test_images=1_000,
+        steps=20,
+        nio_steps=20,
+        nio_batch_size=32,
+        meta_learning_rate=0.03,
+        nio_learning_rate=0.03,
+        metainit_steps=30,
+        metainit_batch_size=16,
+        epochs=3,
+        warmup=0.25,
+        batch_size=64,
+    ),
+    "acc1": Config(
+        preset="acc1",
+        networks=("resnet110", "resnet110-bn", "vgg19", "vgg19-bn"),
+        epochs=1,
+        schedule="constant",
+        warmup=0.5,
+        precision="bfloat16",
+        channels_last=True,
+    ),
+    "paper": Config(
+        preset="paper",
+        networks=(
+            "resnet110", "resnet110-bn", "wrn-28-10", "wrn-28-10-bn", "densenet100", "densenet100-bn"
+        ),
+        metainit_steps=500,
+        seeds=4,
+        precision="bfloat16",
+        channels_last=True,
+    ),
+}  # fmt: skip
+
+
+def by_nio(model: nn.Module, start: Start, *, splits: int | Literal["examples"] | None = None) -> dict[str, Any]:
+    """NIO over single examples, or over sub-batches (`splits` None: as configured)."""
+    config = start.config
+    assert isinstance(config, Config)
+    run_nio = partial(
+        nio,
+        model,
+        batches=start.stream(config.nio_batch_size),
+        splits=splits or config.nio_splits,
+        overlap=0.0 if splits else config.nio_overlap,
+        objective=config.nio_objective,
+        progress=False,
+    )
+
+    def work() -> InitResult:
+        before = run_nio(steps=1, lr=0.0).history[0]["grad_norm"]  # changes nothing
+        return run_nio(
+            steps=config.nio_steps,
+            lr=config.nio_learning_rate,
+            gamma=config.nio_norm_bound * before,
+            on_step=lambda _: start.advance(1 / config.nio_steps),
+        )
+
+    record, history = recorded(work)
+    if history:
+        record |= {
+            "history": history,
+            "epochs_worth": epochs_worth(config, splits == "examples", len(start.splits.train)),
+        }
+    return {"kinds": kinds_of(model)} | record
+
+
+def epochs_worth(config: Config, by_example: bool, images: int) -> float:
+    """What NIO costs in epochs of training, by arithmetic: forward passes an example, of which training takes 3.
+
+    12 where the groups are gone through in two passes, 9 where all their gradients are held (up to 32 examples or 4
+    sub-batches), times the examples of all windows over the batch's; and one iteration to measure the norm.
+    """
+    groups, held = (config.nio_batch_size, 32) if by_example else (config.nio_splits, 4)
+    overlap = 1.0 if by_example else 1 + 2 * config.nio_overlap * (1 - 1 / config.nio_splits)
+    passes = (9 if groups <= held else 12) * overlap * (config.nio_steps + 1)
+    return passes * config.nio_batch_size / (3 * images)
+
+
+EXPERIMENT = Experiment(
+    "nio_cifar10",
+    (
+        Arm("own init", carries_claim=True),
+        Arm("NIO, examples", partial(by_nio, splits="examples"), carries_claim=True, independent_examples=True),
+        Arm("NIO, sub-batches", by_nio, carries_claim=True),
+        Arm("GradInit", by_gradinit, carries_claim=True),
+        Arm("own init, longer", extra_of=("NIO, examples", "NIO, sub-batches"), carries_claim=True),
+        Arm("own init, warm-up", warmup=True),
+        Arm("MetaInit", by_metainit),
+    ),
+    "nio, gradinit, metainit",
+    summarise,
+    save_figure,
+    print_report,
+)
+
+
+def check_config(config: Config) -> None:
+    """Mistakes that would otherwise show after minutes of work."""
+    for name in ("nio_steps", "nio_learning_rate", "nio_norm_bound"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{EXPERIMENT.name}: `{name}` must be positive, got {getattr(config, name)}.")
+    windows(config.nio_batch_size, config.nio_splits, config.nio_overlap)  # says what does not fit
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
+    check_config(config)
+    return cifar.run(config, EXPERIMENT)
+
+
+def main() -> None:
+    end_well(lambda: run(parse(PRESETS, __doc__ or "")))
+
+
+if __name__ == "__main__":
+    main()
