@@ -1,6 +1,7 @@
 """Table, sentences and figure of `reproduce.gradinit_multi30k`, from its records alone."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,17 @@ from reproduce.statistics import compare, mean_and_deviation
 
 Records = Sequence[dict[str, Any]]
 
+WITH_GRADINIT, WITH_WARMUP = "Post-LN + GradInit", "Post-LN, warm-up"
+CLAIMS = ((WITH_GRADINIT, "Post-LN"), (WITH_GRADINIT, "Post-LN, longer"), (WITH_GRADINIT, WITH_WARMUP))
+"""What is compared over shared seeds: an arm, and what it is compared with."""
+
 COLOURS = {
     "Post-LN": "#1f77b4",
-    "Post-LN + GradInit": "#d62728",
-    "T-Fixup": "#2ca02c",
-    "Post-LN, warm-up": "#e377c2",
+    WITH_GRADINIT: "#d62728",
+    "Post-LN, longer": "#17becf",
+    WITH_WARMUP: "#e377c2",
     "Pre-LN, warm-up": "#7f7f7f",
+    "T-Fixup": "#2ca02c",
 }
 PARTS = {
     "norm": ("#d62728", "^"),
@@ -58,40 +64,64 @@ def best_learning_rate(trained: Records) -> float:
 
 
 def summarise(records: Records, arms: Sequence[str], optimizers: Sequence[str]) -> dict[str, Any]:
-    """For each optimiser and arm: the grid, every seed at the best rate; and GradInit against the default, paired."""
+    """For each optimiser and arm: the grid, and every seed at the best rate and at the one that is best with warm-up.
+
+    Both with what is claimed of GradInit, paired by seed.
+    """
     summary: dict[str, Any] = {"optimizers": {}}
     for optimizer in optimizers:
         own = [record for record in records if record["optimizer"] == optimizer]
         rows = {arm: _row([r for r in own if r["arm"] == arm]) for arm in arms}
-        first, second = rows["Post-LN + GradInit"], rows["Post-LN"]
-        comparison = compare("Post-LN + GradInit", "Post-LN", _losses(first), _losses(second))
-        summary["optimizers"][optimizer] = {"arms": rows, "comparison": comparison}
+        rate = rows[WITH_WARMUP]["learning_rate"] if WITH_WARMUP in rows else None
+        same = {arm: _at_rate([r for r in own if r["arm"] == arm and r["kind"] == "training"], rate) for arm in arms}
+        summary["optimizers"][optimizer] = {
+            "arms": rows,
+            "comparisons": _comparisons(rows),
+            "warm_up_rate": rate,
+            "at_warm_up_rate": {"arms": same, "comparisons": _comparisons(same)},
+        }
     return summary
+
+
+def _comparisons(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        compare(arm, other, _losses(rows[arm]), _losses(rows[other]))
+        for arm, other in CLAIMS
+        if arm in rows and other in rows
+    ]
 
 
 def _losses(row: dict[str, Any]) -> dict[int, float]:
     return {s: loss for s, loss in zip(row["seeds"], row["validation_loss"], strict=True) if _is_number(loss)}
 
 
+def _at_rate(trainings: Records, rate: float | None) -> dict[str, Any]:
+    """Every seed that was trained at one learning rate."""
+    kept = sorted((r for r in trainings if r["learning_rate"] == rate), key=lambda record: record["seed"])
+    return {
+        "seeds": [record["seed"] for record in kept],
+        "validation_loss": [record["history"][-1]["validation_loss"] for record in kept],
+        "failed_run": [record["failed_run"] for record in kept],
+        "bleu": [record["bleu"] for record in kept],
+    }
+
+
 def _row(records: Records) -> dict[str, Any]:
     starts = [record for record in records if record["kind"] == "initialisation"]
     trainings = [record for record in records if record["kind"] == "training"]
+    # of the grid alone: arms that are repeated with other seeds are to be compared with those that are not
     first = min((record["seed"] for record in trainings), default=None)
     grid = sorted((r for r in trainings if r["seed"] == first), key=lambda record: record["learning_rate"])
     best = best_learning_rate(grid) if grid else None
-    kept = sorted((r for r in trainings if r["learning_rate"] == best), key=lambda record: record["seed"])
-    return {
+    return _at_rate(trainings, best) | {
         "failed": [record["failed"] for record in starts if "failed" in record],
         "grid": [(r["learning_rate"], r["history"][-1]["validation_loss"], r["failed_run"]) for r in grid],
         "learning_rate": best,
-        "seeds": [record["seed"] for record in kept],
-        "validation_loss": [record["history"][-1]["validation_loss"] for record in kept],
-        "bleu": [record["bleu"] for record in kept],
-        # of the grid alone: arms that are repeated at their best rate are to be compared with those that are not
         "failed_runs": sum(record["failed_run"] for record in grid),
         "diverged": sum(record["diverged"] for record in grid),
         "trainings": len(grid),
         "updates_worth": [record["updates_worth"] for record in starts if "updates_worth" in record],
+        "extra_updates": max((record["extra_updates"] for record in trainings), default=0),
         "initialisation_seconds": mean_and_deviation([r["seconds"] for r in starts])[0] if starts else None,
         "training_seconds": mean_and_deviation([r["seconds"] for r in trainings])[0] if trainings else None,
     }
@@ -119,12 +149,14 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
                 f"{row['training_seconds']:.1f}",
             )
         console.print(table)
-        console.print()
-        console.print(conclude(result["comparison"]), highlight=False)
-        if worth := result["arms"]["Post-LN + GradInit"]["updates_worth"]:
-            cost = mean_and_deviation(worth)[0]
-            what = f"GradInit's arithmetic is that of {cost:.0f} more updates, which no other arm is given."
-            console.print(what, highlight=False)
+        console.print("\nEach at its own best learning rate:", highlight=False)
+        for comparison in result["comparisons"]:
+            console.print(f"- {conclude(comparison)}", highlight=False)
+        _print_at_warm_up_rate(console, result)
+        if worth := result["arms"][WITH_GRADINIT]["updates_worth"]:
+            cost, extra = mean_and_deviation(worth)[0], result["arms"].get("Post-LN, longer", {}).get("extra_updates")
+            given = f"; 'longer' is given {extra}, whole intervals between validations" if extra else ""
+            console.print(f"GradInit's arithmetic is that of {cost:.0f} more updates{given}.", highlight=False)
         edge = [
             arm for arm, row in result["arms"].items()
             if len(row["grid"]) > 1 and row["learning_rate"] in (row["grid"][0][0], row["grid"][-1][0])
@@ -151,9 +183,23 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     )
 
 
+def _print_at_warm_up_rate(console: Console, result: dict[str, Any]) -> None:
+    """The question itself: the rate that warm-up makes the most of, without warm-up, after GradInit and without it."""
+    rate, same = result["warm_up_rate"], result["at_warm_up_rate"]
+    if rate is None:
+        return
+    console.print(f"At {rate:g}, the best learning rate with warm-up:", highlight=False)
+    for arm, row in same["arms"].items():
+        if row["seeds"]:
+            failed = f"{sum(row['failed_run'])} of {len(row['seeds'])} failed"
+            console.print(f"- {arm}: {_spread(row['validation_loss'], 2)}, {failed}", highlight=False)
+    for comparison in same["comparisons"]:
+        console.print(f"- {conclude(comparison)}", highlight=False)
+
+
 def conclude(comparison: dict[str, Any]) -> str:
     """No claim without an interval that carries it."""
-    what = f"{comparison['arm']} against {comparison['against']}, each at its best learning rate"
+    what = f"{comparison['arm']} against {comparison['against']}"
     if comparison["pairs"] == 0:
         return f"{what}: nothing to compare."
     difference, low, high = (comparison[key] for key in ("difference", "low", "high"))
@@ -181,47 +227,83 @@ def _is_number(value: float | None) -> bool:
 
 # ---------------------------------------------------------------------------------------------- figure
 def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
-    """Four panels an optimiser: learning-rate map, the search, the scales, the gradient's variance."""
+    """Five panels an optimiser: learning-rate map, training at one rate, search, scales, the gradient's variance."""
     optimizers = list(summary["optimizers"])
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(21, 4.4 * len(optimizers)), layout="constrained")
-        axes = figure.subplots(len(optimizers), 4, squeeze=False)
-        for row, optimizer in zip(axes, optimizers, strict=True):
-            own = [record for record in records if record["optimizer"] == optimizer]
-            _draw_map(row[0], summary["optimizers"][optimizer]["arms"], summary["unigram_loss"], optimizer)
+        figure = Figure(figsize=(15, 8.2 * len(optimizers)), layout="constrained")
+        parts = figure.subfigures(len(optimizers), 1, squeeze=False)
+        for part, optimizer in zip(parts[:, 0], optimizers, strict=True):
+            own, result = [r for r in records if r["optimizer"] == optimizer], summary["optimizers"][optimizer]
+            axes = part.subplot_mosaic(
+                [["map"] * 2 + ["training"] * 2 + ["search"] * 2, ["scales"] * 3 + ["variance"] * 3]
+            )
+            _draw_map(axes["map"], own, result["arms"], summary["unigram_loss"], optimizer)
+            _draw_training(axes["training"], own, result["warm_up_rate"], summary["unigram_loss"])
             first = next((r for r in own if "history" in r and "scales" in r and r["seed"] == 0), None)
             if first is not None:
-                draw_search(row[1], first["history"], f"for {optimizer}")
-                _draw_scales(row[2], first["scales"])
-                draw_variance(
-                    row[3], first | {"kinds": {name: part_of(name) for name in first["variance_before"]}}, PARTS
-                )
-        title = f"GradInit, {summary['model']}. {summary['data']}\n{summary['device']}"
+                draw_search(axes["search"], first["history"], f"For {optimizer}")
+                _draw_scales(axes["scales"], first["scales"])
+                kinds = {name: part_of(name) for name in first["variance_before"]}
+                draw_variance(axes["variance"], first | {"kinds": kinds}, PARTS)
+        title = textwrap.fill(f"GradInit, {summary['model']}. {summary['data']}", 150) + f"\n{summary['device']}"
         figure.suptitle(title, fontsize=9)
         partial = path.with_suffix(".partial")
         figure.savefig(partial, dpi=120, format="png")
     partial.replace(path)
 
 
-def _draw_map(axes: Axes, rows: dict[str, Any], unigram_loss: float, optimizer: str) -> None:
-    """Validation loss against peak learning rate; runs that were not finite stand at the top."""
-    finite = [loss for row in rows.values() for _, loss, _ in row["grid"] if _is_number(loss)]
+def _draw_map(axes: Axes, records: Records, rows: dict[str, Any], unigram_loss: float, optimizer: str) -> None:
+    """Validation loss against peak learning rate, the first seed joined by a line, the others beside it.
+
+    Runs that were not finite stand at the top.
+    """
+    trainings = [record for record in records if record["kind"] == "training"]
+    losses = {id(record): record["history"][-1]["validation_loss"] for record in trainings}
+    finite = [loss for loss in losses.values() if _is_number(loss)]
     top = max([unigram_loss, *finite]) * 1.03
     for arm, row in rows.items():
-        rates = [rate for rate, *_ in row["grid"]]
-        losses = [min(loss, top) if _is_number(loss) else top for _, loss, _ in row["grid"]]
-        line = "-" if "GradInit" in arm else "--"
-        axes.plot(rates, losses, line, color=COLOURS[arm], label=arm, linewidth=2 if "GradInit" in arm else 1.4)
-        for rate, loss, (*_, failed) in zip(rates, losses, row["grid"], strict=True):
-            axes.plot(rate, loss, "x" if failed else "o", color=COLOURS[arm], markersize=6 if failed else 4)
+        grid = [(rate, min(loss, top) if _is_number(loss) else top) for rate, loss, _ in row["grid"]]
+        line, width = ("-", 2) if arm == WITH_GRADINIT else ("--", 1.4)
+        if grid:
+            axes.plot(*zip(*grid, strict=True), line, color=COLOURS[arm], label=arm, linewidth=width)
+        for record in trainings:
+            if record["arm"] == arm:
+                loss = losses[id(record)]
+                axes.plot(
+                    record["learning_rate"],
+                    min(loss, top) if _is_number(loss) else top,
+                    "x" if record["failed_run"] else "o",
+                    color=COLOURS[arm],
+                    markersize=6 if record["failed_run"] else 4,
+                    markerfacecolor=COLOURS[arm] if record["seed"] == 0 else "white",
+                )
     axes.axhline(unigram_loss, color="0.7", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xticks(sorted({rate for row in rows.values() for rate, *_ in row["grid"]}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="peak learning rate", ylabel="validation loss, nats a sub-word")
-    axes.set_title(f"{optimizer}: learning rates (×: failed, dotted: word frequencies)", loc="left", fontsize=8)
+    axes.set_title(f"{optimizer}, at the end (×: failed; open: other seeds)", loc="left")
     axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_training(axes: Axes, records: Records, rate: float | None, unigram_loss: float) -> None:
+    """Validation loss against updates at one learning rate, every seed."""
+    axes.axhline(unigram_loss, color="0.7", linewidth=0.8, linestyle=":")
+    axes.text(0.99, unigram_loss, "word frequencies", fontsize=7, color="0.5", ha="right", va="bottom",
+              transform=axes.get_yaxis_transform())  # fmt: skip
+    for record in sorted(records, key=lambda record: list(COLOURS).index(record["arm"])):
+        if record["kind"] == "training" and record["learning_rate"] == rate:
+            curve = [(entry["updates"], entry["validation_loss"]) for entry in record["history"]]
+            curve = [point for point in curve if _is_number(point[1])]
+            width, label = (1.8, record["arm"]) if record["seed"] == 0 else (0.8, None)
+            if curve:
+                axes.plot(*zip(*curve, strict=True), color=COLOURS[record["arm"]], linewidth=width, label=label)
+    axes.set(xlabel="updates", ylabel="validation loss, nats a sub-word")
+    if rate is not None:
+        axes.set_title(f"At {rate:g}, the best rate with warm-up (thin: other seeds)", loc="left")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=7)
 
 
 def _draw_scales(axes: Axes, scales: dict[str, float]) -> None:

@@ -12,8 +12,15 @@ import pytest
 import torch
 
 from reproduce import gradinit_multi30k as module
-from reproduce.gradinit_multi30k import ARMS, PRESETS, run, unigram_loss
-from reproduce.gradinit_multi30k_report import best_learning_rate, conclude, part_of, summarise
+from reproduce.gradinit_multi30k import ARMS, PRESETS, extra_updates, repeated, run, unigram_loss
+from reproduce.gradinit_multi30k_report import (
+    WITH_GRADINIT,
+    WITH_WARMUP,
+    best_learning_rate,
+    conclude,
+    part_of,
+    summarise,
+)
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of, whole_lines
 
@@ -40,8 +47,9 @@ def test_a_run_leaves_its_folder(complete):
         arms = summary["optimizers"][optimizer]["arms"]
         assert list(arms) == [arm.name for arm in ARMS]
         for arm in ARMS:
-            assert len(arms[arm.name]["grid"]) == rates
-            assert arms[arm.name]["trainings"] == rates
+            # what is not on the grid: "longer" at the best rates of Post-LN and with warm-up, others at the latter
+            own = rates if arm.on_grid else len({arms[a]["learning_rate"] for a in ("Post-LN", WITH_WARMUP)})
+            assert arms[arm.name]["trainings"] == len(arms[arm.name]["grid"]) == (own if arm.carries_claim else 1)
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -67,6 +75,31 @@ def test_gradinit_was_run_for_each_optimizer_by_its_own_step(complete):
     }  # fmt: skip
 
 
+def test_longer_is_given_what_gradinit_cost(complete):
+    records = records_of(complete[0])
+    costs = {(r["optimizer"], r["seed"]): r["updates_worth"] for r in records if "updates_worth" in r}
+    trainings = [r for r in records if r["kind"] == "training"]
+    assert all(r["extra_updates"] == 0 for r in trainings if r["arm"] != "Post-LN, longer")
+    longer = [r for r in trainings if r["arm"] == "Post-LN, longer"]
+    assert {(r["optimizer"], r["seed"]) for r in longer} == set(costs)
+    for record in longer:
+        extra = record["extra_updates"]
+        assert costs[record["optimizer"], record["seed"]] <= extra < costs[record["optimizer"], record["seed"]] + 2
+        assert record["history"][-1]["updates"] == 4 + extra  # smoke: 4 updates, validated every 2
+
+
+def test_other_seeds_train_at_their_own_best_rate_and_at_that_of_warm_up(complete):
+    summary = json.loads((complete[0] / "summary.json").read_text("utf-8"))
+    arms = summary["optimizers"]["adam"]["arms"]
+    for arm in ARMS:
+        rates = {
+            r["learning_rate"] for r in records_of(complete[0]) if r["kind"] == "training" and r["seed"] == 1
+            and (r["optimizer"], r["arm"]) == ("adam", arm.name)
+        }  # fmt: skip
+        own, warm = arms["Post-LN" if arm.extra else arm.name]["learning_rate"], arms[WITH_WARMUP]["learning_rate"]
+        assert rates == ({own, warm} if arm.carries_claim else set())
+
+
 def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path):
     folder = tmp_path / "run"
     options = ["--data", "reversed", "--output", str(folder)]
@@ -85,7 +118,7 @@ def test_every_run_diverged_is_a_result(tmp_path):
     )  # fmt: skip
     summary = run(config)
     for row in summary["optimizers"]["sgd"]["arms"].values():
-        assert row["failed_runs"] == row["trainings"] == 2
+        assert row["failed_runs"] == row["trainings"] > 0
         assert row["bleu"] == [0.0]
     assert (tmp_path / "run" / "figure.png").exists()
 
@@ -106,10 +139,22 @@ def test_the_loss_of_word_frequencies():
     assert Counter(token for _, target in training for token in target) == {5: 2, 6: 1}
 
 
+def test_the_cost_is_given_in_whole_intervals():
+    config = replace(PRESETS["smoke"], updates=100, evaluations=5)  # intervals of 20
+    assert [extra_updates(config, worth) for worth in (0.0, 0.1, 20.0, 20.1, 61.0)] == [0, 20, 20, 40, 80]
+
+
+def test_a_rate_is_repeated_once_and_an_arm_without_a_grid_has_others():
+    best = {("adam", "Post-LN"): 1.0, ("adam", WITH_WARMUP): 2.0}
+    assert [repeated(best, "adam", arm) for arm in ARMS[:4]] == [(1.0, 2.0), (2.0,), (2.0,), (1.0, 2.0)]
+    assert repeated(best, "sgd", ARMS[0]) == ()
+
+
 def trained(rate: float, loss: float | None, failed: bool = False, seed: int = 0, arm: str = "Post-LN") -> dict:
     return {
         "kind": "training", "optimizer": "adam", "arm": arm, "seed": seed, "learning_rate": rate, "failed_run": failed,
-        "diverged": loss is None, "bleu": 1.0, "seconds": 1.0, "history": [{"validation_loss": loss}],
+        "diverged": loss is None, "bleu": 1.0, "seconds": 1.0, "extra_updates": 0,
+        "history": [{"validation_loss": loss}],
     }  # fmt: skip
 
 
@@ -119,17 +164,29 @@ def test_the_best_learning_rate_has_the_lowest_loss_among_those_that_did_not_fai
     assert best_learning_rate([trained(1.0, None, True), trained(2.0, 7.0, True)]) == 2.0
 
 
-def test_the_summary_pairs_seeds_at_the_best_rate():
-    arm = "Post-LN + GradInit"
+def test_the_summary_pairs_seeds_at_the_best_rate_and_at_that_of_warm_up():
     records = [
-        trained(1.0, 3.0), trained(2.0, 2.5), trained(2.0, 2.6, seed=1),
-        trained(1.0, 2.0, arm=arm), trained(2.0, None, True, arm=arm), trained(1.0, 2.2, seed=1, arm=arm),
+        trained(1.0, 3.0), trained(2.0, 2.5), trained(2.0, 2.6, seed=1), trained(4.0, 5.8, True),
+        trained(4.0, 5.9, True, seed=1),
+        trained(1.0, 2.0, arm=WITH_GRADINIT), trained(2.0, None, True, arm=WITH_GRADINIT),
+        trained(4.0, 2.1, arm=WITH_GRADINIT), trained(4.0, None, True, seed=1, arm=WITH_GRADINIT),
+        trained(1.0, 2.2, seed=1, arm=WITH_GRADINIT),
+        trained(2.0, 2.7, arm=WITH_WARMUP), trained(4.0, 2.4, arm=WITH_WARMUP),
     ]  # fmt: skip
-    result = summarise(records, ["Post-LN", arm], ["adam"])["optimizers"]["adam"]
-    assert (result["arms"][arm]["failed_runs"], result["arms"][arm]["trainings"]) == (1, 2)
+    result = summarise(records, ["Post-LN", WITH_GRADINIT, WITH_WARMUP], ["adam"])["optimizers"]["adam"]
+    assert (result["arms"][WITH_GRADINIT]["failed_runs"], result["arms"][WITH_GRADINIT]["trainings"]) == (1, 3)
     assert result["arms"]["Post-LN"]["validation_loss"] == [2.5, 2.6]
-    assert result["comparison"]["difference"] == pytest.approx(-0.45)
-    assert result["comparison"]["pairs"] == 2
+    against_own, against_warmup = result["comparisons"]
+    assert (against_own["against"], against_own["pairs"]) == ("Post-LN", 2)
+    assert against_own["difference"] == pytest.approx(-0.45)
+    assert (against_warmup["against"], against_warmup["pairs"]) == (WITH_WARMUP, 1)
+    assert result["warm_up_rate"] == 4.0
+    same = result["at_warm_up_rate"]
+    assert same["arms"]["Post-LN"]["failed_run"] == [True, True]
+    assert same["arms"][WITH_GRADINIT]["failed_run"] == [False, True]
+    # a run that ended not finite has no loss to be paired
+    assert same["comparisons"][0]["pairs"] == 1
+    assert same["comparisons"][0]["difference"] == pytest.approx(2.1 - 5.8)
 
 
 @pytest.mark.parametrize(
@@ -169,5 +226,6 @@ def test_a_gpu_that_is_not_there_is_said(tmp_path, monkeypatch):
 def test_presets_are_what_they_say():
     assert all(config.preset == name for name, config in PRESETS.items())
     assert PRESETS["quick"].seeds >= 3
+    assert (PRESETS["quick"].eta, PRESETS["quick"].gamma) == (1e-3, 1000.0)
     assert (PRESETS["paper"].steps, PRESETS["paper"].eta, PRESETS["paper"].gamma) == (780, 1e-3, 1000.0)
     assert module.EXPERIMENT == "gradinit_multi30k"
