@@ -25,6 +25,7 @@ from common.derivatives import (
 )
 from common.functional import parameters_of, pure_loss
 from tests.common.functions import Cube
+from tests.mutation import mutated, survives
 
 
 class Attend(nn.Module):
@@ -396,6 +397,71 @@ def first_chunk_only(loss, params, batch, groups=None, *, mode="auto", chunk_siz
     out = group_gradients(loss, params, batch, groups, mode=mode, chunk_size=chunk_size)
     return out if chunk_size is None else {name: leaf[:chunk_size].expand_as(leaf) if chunk_size == 1 else leaf
                                            for name, leaf in out.items()}  # fmt: skip
+
+
+def check_wrt(module) -> None:
+    """Gradients in some parameters are the whole's, in every mode, and the others still carry outer derivatives."""
+    for net in ("batch norm", "tied"):
+        mean, params, _, batch = problem(net)
+        values = per_example_loss(NETS[net]())
+        names = list(params)
+        for mode, groups, chunk in (
+            ("auto", "slices", None), ("auto", "unequal", None), ("loop", "unequal", None), ("vmap", "slices", None),
+            ("vmap", "slices", 1), ("shared", "unequal", None), ("shared", "slices", 2),
+        ):  # fmt: skip
+            loss = values if mode == "shared" else mean
+            of = partial(module.group_gradients, loss, params, batch, GROUPS[groups], mode=mode, chunk_size=chunk)
+            whole = of()
+            for wanted in (names[-1:], names[::-2]):
+                some = of(wrt=wanted)
+                assert list(some) == wanted
+                assert_close(some, {name: whole[name] for name in wanted}, rtol=1e-9, atol=1e-12)
+        wanted = names[-1:]
+        for mode in ("loop", "vmap", "shared"):
+            loss = values if mode == "shared" else mean
+            spread = lambda at, wrt, m=mode, f=loss: sum(
+                leaf.square().sum()
+                for name, leaf in module.group_gradients(f, at, batch, GROUPS["slices"], mode=m, wrt=wrt).items()
+                if name in wanted
+            )
+            leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+            own, expected = (tape(spread(leaves, wrt), leaves, keep=False) for wrt in (wanted, None))
+            assert_close(own, expected, rtol=1e-9, atol=1e-12)
+            assert own[names[0]].abs().max() > 0
+            by_func = torch.func.grad(lambda at: spread(at, wanted))(params)
+            assert_close(by_func, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_in_some_parameters():
+    check_wrt(derivatives)
+
+
+STILL = "still = {name: leaf for name, leaf in params.items() if name not in moving}"
+OF_MOVING = "(lambda theta, batch: loss(still | theta, batch)) if still else loss"
+WRT_MUTANTS = {
+    "others detached": (STILL, STILL.replace("name: leaf for", "name: leaf.detach() for")),
+    "all move": ("moving = {name: params[name] for name in wrt}", "moving = dict(params)"),
+    "moving ones stand still": (OF_MOVING, OF_MOVING.replace("still | theta", "theta | params")),
+    "others left to the model": (OF_MOVING, "loss"),
+    "all in the shared mode": ("_shared(of_moving, moving,", "_shared(loss, params,"),
+    "all under vmap": ("        return _vmapped(of_moving, moving, batch, groups, chunk_size)\n    underlying",
+                       "        return _vmapped(loss, params, batch, groups, chunk_size)\n    underlying"),
+    "all in the loop": ("gradient(of_moving, moving, map_tensors", "gradient(loss, params, map_tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", WRT_MUTANTS, ids=WRT_MUTANTS)
+def test_every_mutant_of_some_parameters_is_caught(mutant):
+    assert not survives([check_wrt], mutated(derivatives, *WRT_MUTANTS[mutant]))
+
+
+def test_others_may_be_tensors_that_no_gradient_reaches():
+    # integers among the parameters would be refused, were gradients taken in them
+    loss = lambda theta, x: (theta["w"] * x * theta["sign"]).sum()
+    theta = {"w": torch.tensor(2.0), "sign": torch.tensor(-1)}
+    for mode in ("auto", "loop", "vmap"):
+        g = group_gradients(loss, theta, torch.tensor([1.0, 3.0]), mode=mode, wrt=["w"])
+        assert_close(g, {"w": torch.tensor([-1.0, -3.0])})
 
 
 @pytest.mark.parametrize("mutant", [detached_groups, summed_groups, always_shared_order, whole_batch, first_chunk_only])

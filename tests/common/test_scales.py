@@ -245,6 +245,34 @@ def test_a_pattern_that_means_nothing_is_refused(options):
         scalable_tensors(Odd(), **options)
 
 
+@given(st.sampled_from(["objective", "constraint"]), st.integers(1, 5))
+def test_no_slope_moves_nothing(branch, n):
+    adam = RescaleAdam(lr=0.3)
+    m = torch.ones(3)
+    state = adam.init(m)
+    for _ in range(n):
+        m, state = adam.update(m, torch.zeros(3), branch, state)
+    assert torch.equal(m, torch.ones(3))
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 60))
+def test_a_branch_that_is_entered_late_takes_a_larger_step_and_how_large(seed, before):
+    # μ is corrected in full and ν, which both branches share, is a mean over all t steps: lr √((1 − β₂^t)/(1 − β₂))
+    beta2, lr = 0.99, 0.01
+    small = 1e-6 * torch.randn(before, 4, generator=torch.Generator().manual_seed(seed))
+    adam = RescaleAdam(lr=lr, betas=(0.9, beta2), eps=1e-12, clip=None)
+    m = torch.ones(4)
+    state = adam.init(m)
+    for d in small:
+        m, state = adam.update(m, d, "objective", state)
+    moved, _ = adam.update(m, torch.ones(4), "constraint", state, lower=-math.inf)
+    bound = lr * math.sqrt((1 - beta2 ** (before + 1)) / (1 - beta2))
+    assert bound > lr
+    assert_close(m - moved, torch.full((4,), bound), rtol=1e-6, atol=0)  # slopes of 1e-6 beside 1
+    larger = m - adam.update(m, torch.tensor([-3.0, 1e-6, 0.0, 50.0]), "constraint", state, lower=-math.inf)[0]
+    assert (larger.abs() <= bound * (1 + 1e-9)).all()
+
+
 def test_bounds_and_scaled_are_exported():
     assert bounds_of(["w"], {"w": "conv"}, min_scale=0.5) == ([0.5], [math.inf])
     assert scaled({"w": torch.ones(1)}, {}) == {"w": torch.ones(1)}
