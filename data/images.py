@@ -14,7 +14,7 @@ from data.parquet import read_split
 from data.sources import VARIABLE, HubSet, SourceUnavailableError, locate
 from data.splits import ImageData, ImageSplit, channel_statistics, draw_balanced, subset_note
 
-ImageName = Literal["auto", "cifar10", "cifar100", "digits", "noise"]
+ImageName = Literal["auto", "cifar10", "cifar100", "tiny-imagenet", "digits", "noise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,31 +28,45 @@ class ImageSet(HubSet):
     image_column: str
     label_column: str
     num_classes: int
+    published_as: str = "pixels"
+    """What the set was published as: raw pixels, of which a JPEG has lost something, or JPEG files."""
+    note: str = ""
+    """What a reader must know of its splits."""
 
 
 IMAGE_SETS = {
-    wanted.name: wanted
-    for wanted in (
-        ImageSet(
-            name="cifar10",
-            title="CIFAR-10",
-            repository="uoft-cs/cifar10",
-            rows={"train": 50_000, "test": 10_000},
-            image_column="img",
-            label_column="label",
-            num_classes=10,
-        ),
-        ImageSet(
-            name="cifar100",
-            title="CIFAR-100",
-            repository="uoft-cs/cifar100",
-            rows={"train": 50_000, "test": 10_000},
-            image_column="img",
-            label_column="fine_label",
-            num_classes=100,
-        ),
-    )
+    "cifar10": ImageSet(
+        name="cifar10",
+        title="CIFAR-10",
+        repository="uoft-cs/cifar10",
+        rows={"train": 50_000, "test": 10_000},
+        image_column="img",
+        label_column="label",
+        num_classes=10,
+    ),
+    "cifar100": ImageSet(
+        name="cifar100",
+        title="CIFAR-100",
+        repository="uoft-cs/cifar100",
+        rows={"train": 50_000, "test": 10_000},
+        image_column="img",
+        label_column="fine_label",
+        num_classes=100,
+    ),
+    "tiny-imagenet": ImageSet(
+        name="tiny_imagenet",  # the folder's; the hub and people write a hyphen
+        title="Tiny ImageNet",
+        repository="zh-plus/tiny-imagenet",
+        files={"train": ("train-*.parquet",), "test": ("valid-*.parquet", "validation-*.parquet")},
+        rows={"train": 100_000, "test": 10_000},
+        image_column="image",
+        label_column="label",
+        num_classes=200,
+        published_as="JPEG",
+        note="test is the validation split, as the test labels are not public",
+    ),
 }
+"""By the name that a user asks for."""
 
 
 def load_images(
@@ -69,10 +83,12 @@ def load_images(
     from the local Hugging Face cache, or else from the hub. A folder that is given must hold the set.
 
     Args:
-        name: "cifar10" or "cifar100", which never fall back to anything else; "digits", scikit-learn's own, enlarged;
-            "noise", Gaussian images whose labels mean nothing; "auto", CIFAR-10 or, where it cannot be had, the digits.
+        name: "cifar10", "cifar100" or "tiny-imagenet" (64×64, 200 classes), which never fall back to anything else;
+            "digits", scikit-learn's own, enlarged; "noise", Gaussian images whose labels mean nothing; "auto", CIFAR-10
+            or, where it cannot be had, the digits.
         data_dir: A folder with `cifar10/train-*.parquet` and `cifar10/test-*.parquet` in the hub's schema, or that
-            inner folder itself. Not used by "digits" and "noise".
+            inner folder itself; for Tiny ImageNet `tiny_imagenet/train-*.parquet` and `valid-*.parquet`. Not used by
+            "digits" and "noise".
         train: At most this many training images, class-balanced; the others are not even decoded. None: all.
         test: At most this many test images, likewise.
         seed: Draws the subset, and the noise.
@@ -122,7 +138,7 @@ def load_images(
     if any(len(part.split) < part.rows for part in parts):
         identity += subset_note(len(parts[0].split), len(parts[1].split))
     return ImageData(
-        name=wanted.name,
+        name=name if name in IMAGE_SETS else wanted.name,
         train=parts[0].split,
         test=parts[1].split,
         class_names=parts[0].class_names or tuple(str(label) for label in range(wanted.num_classes)),
@@ -151,14 +167,17 @@ def _at_most(data: ImageData, train: int | None, test: int | None, seed: int) ->
 
 
 def _identity(wanted: ImageSet, origin: str, encodings: frozenset[str], train: int, test: int) -> str:
-    # both sets were published as raw pixels, so a JPEG of them has lost something
-    encoding = {
-        frozenset({"JPEG"}): "JPEG re-encoded: lossy",
-        frozenset({"PNG"}): "PNG: lossless",
-    }.get(encodings, "JPEG and PNG: partly lossy")
-
+    if wanted.published_as == "JPEG":
+        encoding = " and ".join(sorted(encodings)) + (
+            "; published as JPEG" if encodings != {"JPEG"} else " as published"
+        )
+    else:  # a JPEG has lost something
+        encoding = {
+            frozenset({"JPEG"}): "JPEG re-encoded: lossy",
+            frozenset({"PNG"}): "PNG: lossless",
+        }.get(encodings, "JPEG and PNG: partly lossy")
     rows = wanted.count({"train": train, "test": test})
-    return f"{wanted.title} from {origin} ({encoding}), {rows} images"
+    return f"{wanted.title} from {origin} ({encoding}), {rows} images" + (f" ({wanted.note})" if wanted.note else "")
 
 
 def _digits(*, instead_of: str = "", because: str = "") -> ImageData:

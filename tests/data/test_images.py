@@ -95,6 +95,49 @@ def test_png_is_read_exactly(tmp_path, name):
     assert dict(os.environ) == environment
 
 
+def write_tiny_imagenet(folder, encoding="JPEG", evaluation="valid"):
+    """Twelve training and four validation images of 200 classes, one image grey as some of the set are."""
+    written = {}
+    for seed, (split, n) in enumerate({"train": 12, evaluation: 4}.items()):
+        pixels, labels = some_pixels(n, seed), [(67 * row) % 200 for row in range(n)]
+        encoded = [encode(p, encoding) for p in pixels[:-1]] + [encode(pixels[-1][..., 0], encoding)]
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"n{k:08}" for k in range(200)])}
+        )
+        rows = {"image": [{"bytes": b, "path": None} for b in encoded], "label": labels}
+        (folder / "tiny_imagenet").mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "tiny_imagenet" / SHARD.format(split))
+        written["train" if split == "train" else "test"] = encoded, labels
+    return written
+
+
+@pytest.mark.parametrize("evaluation", ["valid", "validation"])
+def test_tiny_imagenet_is_evaluated_on_its_validation_split(tmp_path, evaluation):
+    written = write_tiny_imagenet(tmp_path, evaluation=evaluation)
+    data = load_images("tiny-imagenet", data_dir=tmp_path)
+    for split, (encoded, labels) in ((data.train, written["train"]), (data.test, written["test"])):
+        decoded = np.stack([np.asarray(Image.open(io.BytesIO(b)).convert("RGB")) for b in encoded])
+        assert torch.equal(split.images, torch.from_numpy(decoded).permute(0, 3, 1, 2))
+        assert split.labels.tolist() == labels
+    assert (data.name, data.num_classes) == ("tiny-imagenet", 200)
+    assert data.identity == (
+        "Tiny ImageNet from the local folder 'tiny_imagenet' (JPEG as published), 12 (of 100,000) train + "
+        "4 (of 10,000) test images (test is the validation split, as the test labels are not public)"
+    )
+
+
+def test_tiny_imagenet_in_another_encoding_is_said(tmp_path):
+    write_tiny_imagenet(tmp_path, "PNG")
+    assert "(PNG; published as JPEG)" in load_images("tiny-imagenet", data_dir=tmp_path).identity
+
+
+def test_tiny_imagenet_never_falls_back(alone, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'tiny-imagenet' must be in a folder.*zh-plus/tiny-imagenet"):
+        load_images("tiny-imagenet")
+    with pytest.raises(FileNotFoundError, match=r"must hold tiny_imagenet/train-.* and tiny_imagenet/valid-"):
+        load_images("tiny-imagenet", data_dir=tmp_path)
+
+
 def test_jpeg_is_named_lossy(tmp_path):
     written = write_set(tmp_path / "cifar10", encoding="JPEG")
     data = load_images("cifar10", data_dir=tmp_path)
@@ -298,7 +341,9 @@ def test_offline_mode_asks_nobody(alone, monkeypatch):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="`name` must be one of auto, cifar10, cifar100, digits, noise, got 'mnist'"):
+    with pytest.raises(
+        ValueError, match="`name` must be one of auto, cifar10, cifar100, tiny-imagenet, digits, noise, got 'mnist'"
+    ):
         load_images("mnist")
 
 
@@ -425,3 +470,12 @@ def test_cifar10(real_data):
     # the statistics in common use, 0.4914 0.4822 0.4465; JPEG moves them a little
     assert_close(torch.tensor(data.mean), torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=1e-3)
     assert "50,000 train + 10,000 test images" in data.identity
+
+
+def test_tiny_imagenet(real_data):
+    data = load_images("tiny-imagenet", data_dir=real_data, train=400, test=200)
+    assert data.train.images.shape == (400, 3, 64, 64)
+    assert data.train.labels.bincount(minlength=200).tolist() == [2] * 200
+    assert data.test.labels.bincount(minlength=200).tolist() == [1] * 200
+    assert data.class_names[0] == "n01443537"
+    assert "(JPEG as published)" in data.identity
