@@ -213,6 +213,9 @@ def group_gradients(
         raise ValueError(f"group_gradients: every group must hold an example, got groups of sizes {sizes}.")
     moving, still = params, {}
     if wrt is not None:
+        wrt = list(wrt)
+        if unknown := [name for name in wrt if name not in params]:
+            raise ValueError(f"group_gradients: `wrt` must name parameters, got {unknown[0]!r}.")
         moving = {name: params[name] for name in wrt}
         still = {name: leaf for name, leaf in params.items() if name not in moving}
     of_moving = (lambda theta, batch: loss(still | theta, batch)) if still else loss

@@ -42,8 +42,7 @@ def group_norms(gradients: Params) -> Float[Tensor, "n"]:
         >>> group_norms({"w": torch.tensor([[3.0, 0.0], [0.0, 0.0]]), "b": torch.tensor([4.0, 0.0])})
         tensor([5., 0.])
     """
-    norms = [torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for leaf in gradients.values()]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return torch.linalg.vector_norm(_tensor_norms(gradients), dim=0)
 
 
 def grad_cosine(gradients: Params, *, include_diagonal: bool = False) -> Float[Tensor, ""]:
@@ -124,26 +123,45 @@ def objective_value(
 
 
 def cotangents(
-    gradients: Params, objective: Objective = "gc", *, norm_weight: float = 1.0, include_diagonal: bool = False
+    gradients: Params,
+    objective: Objective | Literal["gn"] = "gc",
+    *,
+    seen: "Statistics | None" = None,
+    norm_weight: float = 1.0,
+    include_diagonal: bool = False,
 ) -> Params:
     r"""v_i = ∂J/∂g_i in closed form; ∂J/∂θ = Σ_i H_i v_i with H_i the Hessian of group i's loss.
 
     −GC:      −c/r_i · (ū − u_i ⟨u_i, ū⟩)        with c = 2/(n−1), or 2/n with the diagonal
-     GV:       2/n · (g_i − ḡ)
+     GV:       2/n · (g_i − ḡ)                    GN:      u_i / n
     −w Σ r:   −w u_i                             −w Σ r²:   −2w g_i
 
     ⟨v_i, g_i⟩ = 0 for GC: only directions matter.
+
+    Args:
+        gradients: g_i by name, of all groups or, with `seen`, of some; no derivative is taken of the result.
+        objective: Which J; "gn" is the constraint.
+        seen: ū, ḡ and n, of all groups. None: of `gradients`.
+        norm_weight: w.
+        include_diagonal: Of GC.
     """
-    r = group_norms(gradients)
-    n, inverse = len(r), _inverse(r)
+    seen = statistics([gradients]) if seen is None else seen
+    r, n = group_norms(gradients), len(seen.r)
+    inverse = _inverse(r)
+    if objective == "gn":
+        return tree_map(lambda leaf: _by_group(inverse / n, leaf) * leaf, gradients)
     if is_variance(objective):
-        v = tree_map(lambda leaf: 2 / n * (leaf - leaf.mean(0)), gradients)
+        v = tree_map(lambda leaf, mean: 2 / n * (leaf - mean), gradients, seen.gbar)
     else:
-        ubar = tree_map(lambda leaf: leaf / n, sum_of_units(gradients, r))
-        u = tree_map(lambda leaf: _by_group(inverse, leaf) * leaf, gradients)
-        along = torch.stack([(u[name] * ubar[name]).reshape(n, -1).sum(1) for name in u]).sum(0)  # ⟨u_i, ū⟩
         c = 2 / (n if include_diagonal else n - 1)
-        v = tree_map(lambda u, ubar: -c * _by_group(inverse, u) * (ubar - _by_group(along, u) * u), u, ubar)
+        # sums of products, which round less than torch's norms: ū holds a part u_i/n, of which nothing may be left
+        along, square = (
+            torch.stack([terms.reshape(len(r), -1).sum(1) for terms in products.values()]).sum(0)
+            for products in (tree_map(torch.mul, gradients, seen.ubar), tree_map(torch.square, gradients))
+        )
+        part = torch.where(square > 0, along / square, 0.0)  # ⟨g_i, ū⟩ / r_i²
+        pull, back = c * inverse, c * inverse * part
+        v = tree_map(lambda g, ubar: _by_group(back, g) * g - _by_group(pull, g) * ubar, gradients, seen.ubar)
     if objective.endswith("gn_sqrt"):
         return tree_map(lambda v, leaf: v - norm_weight * _by_group(inverse, leaf) * leaf, v, gradients)
     if objective.endswith("gn"):
@@ -185,11 +203,9 @@ def statistics(chunks: Iterable[Params]) -> Statistics:
     total: Params = {}
     squares: Tensor | None = None
     for gradients in chunks:
-        r = group_norms(gradients)
+        of_tensors = _tensor_norms(gradients)
+        r = torch.linalg.vector_norm(of_tensors, dim=0)
         own, summed = sum_of_units(gradients, r), tree_map(lambda leaf: leaf.sum(0), gradients)
-        of_tensors = torch.stack(
-            [torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for leaf in gradients.values()]
-        )
         share = (of_tensors * _inverse(r)).square().sum(1)
         norms.append(r)
         units, total = (tree_add(units, own), tree_add(total, summed)) if units else (own, summed)
@@ -199,37 +215,6 @@ def statistics(chunks: Iterable[Params]) -> Statistics:
     counted = _is_positive(r).sum().clamp(min=1)
     assert squares is not None
     return Statistics(r, mean(units), mean(total), squares / counted)
-
-
-def surrogate(
-    gradients: Params,
-    seen: Statistics,
-    objective: Objective | Literal["gn"] = "gc",
-    *,
-    norm_weight: float = 1.0,
-    include_diagonal: bool = False,
-) -> Float[Tensor, ""]:
-    r"""A sum over groups whose derivative is that of J, given what pass 1 has seen (`seen` carries no derivative).
-
-    −GC:  −c Σ_i ⟨ū, u_i⟩                  GV:  1/n Σ_i (r_i² − 2⟨ḡ, g_i⟩)        GN:  1/n Σ_i r_i
-    with c = 2/(n−1), or 2/n with the diagonal: dGC = c Σ ⟨ū, du_i⟩, as ū is the mean of all u_i.
-
-    Args:
-        gradients: g_i of some of the groups, with a graph.
-        seen: ū, ḡ and n, of all.
-        objective: Which J; "gn" is the constraint.
-        norm_weight: w.
-        include_diagonal: Of GC.
-    """
-    r, n = group_norms(gradients), len(seen.r)
-    if objective == "gn":
-        return r.sum() / n
-    if is_variance(objective):
-        J = (r.square().sum() - 2 * tree_vdot(seen.gbar, tree_map(lambda leaf: leaf.sum(0), gradients))) / n
-    else:
-        c = 2 / (n if include_diagonal else n - 1)
-        J = -c * tree_vdot(seen.ubar, sum_of_units(gradients, r))
-    return J - norm_weight * _norm_term(gradients, objective)
 
 
 def scale_gradients(
@@ -251,8 +236,8 @@ def scale_gradients(
     r"""d_b = ∂J/∂m_b for every multiplier: J = GN where GN > γ, else the objective.
 
     Two passes over the groups, `chunk_size` at a time. The first, without a graph, finds ū, ḡ and the norms; the second
-    differentiates each chunk's share of a sum (`surrogate`). Exact; memory does not grow with n beyond a chunk. Where
-    one chunk holds all groups its gradients are kept, and J is differentiated as it stands (the fused form).
+    pulls each chunk's `cotangents` back. Exact; memory does not grow with n beyond a chunk. Where one chunk holds all
+    groups its gradients serve both (the fused form).
 
     | form      | cost  | memory                                        |
     |-----------|-------|-----------------------------------------------|
@@ -309,14 +294,13 @@ def scale_gradients(
         metrics = seen.metrics(include_diagonal=include_diagonal)
         metrics |= dict(zip(("grad_cosine", "grad_norm"), _at_hand(seen, metrics), strict=True))
     branch: Branch = "constraint" if metrics["grad_norm"] > gamma else "objective"
-    if fused:
-        J = grad_norm(fused) if branch == "constraint" else objective_value(fused, objective, **options)
-        return branch, tape(J, m, keep=False), metrics
     which = "gn" if branch == "constraint" else objective
     d = tree_map(torch.zeros_like, m)
     for part in chunks:
-        J = surrogate(gradients_of(scaled(theta0, m), groups=part), seen, which, **options)
-        d = tree_add(d, tape(J, m, keep=False))
+        gradients = fused or gradients_of(scaled(theta0, m), groups=part)
+        with torch.no_grad():
+            v = cotangents(gradients, which, seen=seen, **options)
+        d = tree_add(d, tape(gradients, m, v, keep=False))  # Σ_i ⟨v_i, ∂g_i/∂m⟩
     return branch, d, metrics
 
 
@@ -371,6 +355,11 @@ def _norm_term(gradients: Params, objective: str) -> Tensor:
     if objective.endswith("gn"):
         return group_norms(gradients).square().sum()
     return next(iter(gradients.values())).new_zeros(())
+
+
+def _tensor_norms(gradients: Params) -> Float[Tensor, "K n"]:
+    """‖g_ik‖ of each tensor k of each group."""
+    return torch.stack([torch.linalg.vector_norm(leaf.reshape(len(leaf), -1), dim=1) for leaf in gradients.values()])
 
 
 def _is_positive(r: Float[Tensor, "n"]) -> Bool[Tensor, "n"]:

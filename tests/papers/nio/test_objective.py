@@ -317,16 +317,13 @@ CHECKS = [
 ]
 
 OFF = "return (square - _is_positive(r).sum()) / (n * (n - 1))"
-NORM = "return torch.linalg.vector_norm(torch.stack(norms), dim=0)"
+NORM = "return torch.linalg.vector_norm(_tensor_norms(gradients), dim=0)"
 UNITS = "return tree_map(lambda leaf: torch.tensordot(inverse, leaf, 1), gradients)"
-V = "-c * _by_group(inverse, u) * (ubar - _by_group(along, u) * u)"
-C_STREAMED = "c = 2 / (n if include_diagonal else n - 1)\n        J ="
-C_CLOSED = "c = 2 / (n if include_diagonal else n - 1)\n        v ="
-STREAMED = "J = -c * tree_vdot(seen.ubar, sum_of_units(gradients, r))"
-STREAMED_V = "J = (r.square().sum() - 2 * tree_vdot(seen.gbar,"
-PENALTY = "    )\n    return J - norm_weight * _norm_term(gradients, objective)"
-PENALTY_STREAMED = f"{STREAMED}\n    return J - norm_weight * _norm_term(gradients, objective)"
-SUM_OF_CHUNKS = "d = tree_add(d, tape(J, m, keep=False))"
+V = "_by_group(back, g) * g - _by_group(pull, g) * ubar"
+C = "c = 2 / (n if include_diagonal else n - 1)"
+MEANS = "gradients, seen.ubar)\n    if objective"
+PENALTY = "return J - norm_weight * _norm_term(gradients, objective)"
+SUM_OF_CHUNKS = "d = tree_add(d, tape(gradients, m, v, keep=False))"
 PASS_1 = "with torch.no_grad():\n        theta = scaled(theta0, m)"
 CHUNK = "return [groups[k : k + size] for k in range(0, len(groups), size)]"
 VARIANCE = "(leaf - leaf.mean(0)).square().sum() / len(leaf)"
@@ -339,7 +336,7 @@ MUTANTS = {
     "diagonal's n": ("return square / n**2", "return square / (n * (n - 1))"),
     "the other diagonal": ("if include_diagonal:\n        return sq", "if not include_diagonal:\n        return sq"),
     "norm squared": (NORM, f"{NORM}.square()"),
-    "norm of norms by sum": (NORM, "return torch.stack(norms).sum(0)"),
+    "norm of norms by sum": (NORM, "return _tensor_norms(gradients).sum(0)"),
     "norm detached": (NORM, f"{NORM}.detach()"),
     "units detached": (UNITS, UNITS.replace("(inverse, leaf", "(inverse.detach(), leaf")),
     "direction detached": (UNITS, UNITS.replace("leaf, 1)", "leaf.detach(), 1)")),
@@ -356,33 +353,29 @@ MUTANTS = {
     "ascent": ("else -grad_cosine(", "else grad_cosine("),
     "norm punished": (PENALTY, PENALTY.replace("J - norm", "J + norm")),
     "w lost": (PENALTY, PENALTY.replace("norm_weight * ", "")),
-    "norm punished, streaming": (PENALTY_STREAMED, PENALTY_STREAMED.replace("J - norm", "J + norm")),
-    "w lost, streaming": (PENALTY_STREAMED, PENALTY_STREAMED.replace("norm_weight * ", "")),
     "square for root": ('    if objective.endswith("gn_sqrt"):\n        return group_norms(gradients).sum()',
                         '    if objective.endswith("gn_sqrt"):\n        return group_norms(gradients).square().sum()'),
     "root for square": ("return group_norms(gradients).square().sum()", "return group_norms(gradients).sum()"),
     "variance for cosine": ('return objective.startswith("gv")', 'return "gv" in objective or "gn" in objective'),
-    "cotangent's sign": (V, V[1:]),
-    "cotangent not projected": (V, V.replace("(ubar - _by_group(along, u) * u)", "ubar")),
-    "cotangent without the norm": (V, V.replace("_by_group(inverse, u) * ", "")),
-    "cotangent's constant": (C_CLOSED, C_CLOSED.replace("n - 1", "n")),
-    "cotangent's constant with the diagonal": (C_CLOSED, C_CLOSED.replace("(n if", "(n - 1 if")),
-    "cotangent of the sum": ("leaf / n, sum_of_units", "leaf, sum_of_units"),
-    "cotangent of GV": ("2 / n * (leaf - leaf.mean(0))", "2 / n * leaf"),
-    "cotangent of GV halved": ("2 / n * (leaf - leaf.mean(0))", "1 / n * (leaf - leaf.mean(0))"),
+    "cotangent's sign": (V, f"-({V})"),
+    "cotangent not projected": (V, V.replace("_by_group(back, g) * g ", "")),
+    "cotangent without the norm": ("pull, back = c * inverse", "pull, back = c * inverse * r"),
+    "cotangent's constant": (C, C.replace("n - 1", "n")),
+    "cotangent's constant with the diagonal": (C, C.replace("(n if", "(n - 1 if")),
+    "cotangent's constant halved": (C, C.replace("2 /", "1 /")),
+    "cotangent from the mean gradient": (MEANS, MEANS.replace("ubar", "gbar")),
+    "projection of the mean gradient": ("torch.mul, gradients, seen.ubar", "torch.mul, gradients, seen.gbar"),
+    "projection at a zero gradient": ("torch.where(square > 0, along / square, 0.0)", "along / square"),
+    "cotangent of GV": ("2 / n * (leaf - mean)", "2 / n * leaf"),
+    "cotangent of GV halved": ("2 / n * (leaf - mean)", "1 / n * (leaf - mean)"),
+    "cotangent of GV about ū": ("gradients, seen.gbar)\n    else", "gradients, seen.ubar)\n    else"),
+    "cotangent of GN": ("inverse / n, leaf", "inverse, leaf"),
+    "cotangent of GN by the chunk": ("inverse / n, leaf", "inverse / len(r), leaf"),
+    "statistics of the chunk": ("if seen is None else seen", "if True else seen"),
     "cotangent of the norm": ("v - norm_weight * _by_group(inverse, leaf) * leaf", "v - norm_weight * leaf"),
     "cotangent of the norm added": ("v - norm_weight * _by_group", "v + norm_weight * _by_group"),
     "cotangent of the square": ("scale=-2 * norm_weight", "scale=-norm_weight"),
-    "constant of streaming": (C_STREAMED, C_STREAMED.replace("n - 1", "n")),
-    "constant of streaming with the diagonal": (C_STREAMED, C_STREAMED.replace("(n if", "(n - 1 if")),
-    "constant of streaming halved": (C_STREAMED, C_STREAMED.replace("2 /", "1 /")),
-    "streaming uphill": (STREAMED, STREAMED.replace("-c", "c")),
-    "mean gradient for mean direction": (STREAMED, STREAMED.replace("seen.ubar", "seen.gbar")),
-    "mean direction for mean gradient": (STREAMED_V, STREAMED_V.replace("seen.gbar", "seen.ubar")),
-    "streamed variance halved": (STREAMED_V, STREAMED_V.replace("- 2 *", "- 1 *")),
-    "streamed norm by the chunk": ("return r.sum() / n", "return r.mean()"),
-    "directions of the pass differentiated too": (PASS_1, PASS_1.replace("no_grad", "enable_grad")),
-    "a chunk in the place of all": (SUM_OF_CHUNKS, "d = tape(J, m, keep=False)"),
+    "a chunk in the place of all": (SUM_OF_CHUNKS, "d = tape(gradients, m, v, keep=False)"),
     "chunks subtracted": (SUM_OF_CHUNKS, SUM_OF_CHUNKS.replace("keep=False)", "keep=False), scale=-1.0")),
     "first chunk lost": (CHUNK, CHUNK.replace("range(0,", "range(size if size < len(groups) else 0,")),
     "last chunk lost": (CHUNK, CHUNK.replace("len(groups), size)", "max(1, len(groups) - size), size)")),
@@ -391,7 +384,6 @@ MUTANTS = {
     "not strict": ('metrics["grad_norm"] > gamma else', 'metrics["grad_norm"] >= gamma else'),
     "branches swapped": ('metrics["grad_norm"] > gamma else', 'metrics["grad_norm"] < gamma else'),
     "branch by the largest norm": ('metrics["grad_norm"] > gamma else', "seen.r.max() > gamma else"),
-    "fused constraint": ('J = grad_norm(fused) if branch', 'J = group_norms(fused).sum() if branch'),
     "streamed constraint lost": ('which = "gn" if branch == "constraint" else objective', "which = objective"),
     "theta0 in the first pass": (PASS_1, PASS_1.replace("scaled(theta0, m)", "theta0")),
     "all tensors in the gradient": ("mode=mode, wrt=grad_params)\n    chunks", "mode=mode)\n    chunks"),
