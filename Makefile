@@ -5,12 +5,15 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: metainit gradinit test test-slow check benchmark supported clean
+.PHONY: metainit gradinit nio test test-slow check benchmark supported clean
 metainit: $(READY)
 	$(RUN) -m reproduce.metainit_cifar10 $(ARGS)
 
 gradinit: $(READY)
 	$(RUN) -m reproduce.gradinit_cifar10 $(ARGS)
+
+nio: $(READY)
+	$(RUN) -m reproduce.nio_cifar10 $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)
@@ -27,6 +30,7 @@ check: $(READY)
 benchmark: $(READY)
 	$(RUN) -m benchmarks.metainit $(ARGS)
 	$(RUN) -m benchmarks.gradinit $(ARGS)
+	$(RUN) -m benchmarks.nio $(ARGS)
 	$(RUN) -m benchmarks.derivatives $(ARGS)
 
 supported: $(READY)

@@ -106,7 +106,7 @@ def print_tables(
             table.add_column(heading, justify="right", no_wrap=True)
         for arm, row in result["arms"].items():
             if not row["seeds"]:
-                table.add_row(arm, "", "", "failed" if row["failed"] else "not run")
+                table.add_row(arm, "", "", "failed" if row["failed"] else "–")
                 continue
             table.add_row(
                 arm,

@@ -27,7 +27,7 @@ from reproduce.nio_report import print_report, save_figure, summarise
 class Config(cifar.Config):
     """Options. A preset sets them all; each can be overridden."""
 
-    networks: tuple[str, ...] = ("resnet-14", "resnet-14-bn")
+    networks: tuple[str, ...] = ("resnet-8", "resnet-8-bn")
     """Names of common.networks, with -bn for BatchNorm."""
     nio_steps: int = 100
     """NIO: T, the released default."""
@@ -65,18 +65,18 @@ PRESETS = {
     ),
     "quick": Config(
         preset="quick",
-        train_images=1_500,
+        train_images=1_000,
         test_images=1_000,
-        steps=20,
-        nio_steps=20,
+        steps=15,
+        nio_steps=15,
         nio_batch_size=32,
         meta_learning_rate=0.03,
         nio_learning_rate=0.03,
-        metainit_steps=30,
+        metainit_steps=20,
         metainit_batch_size=16,
         epochs=3,
         warmup=0.25,
-        batch_size=64,
+        batch_size=50,
     ),
     "acc1": Config(
         preset="acc1",

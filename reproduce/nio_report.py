@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from reproduce import cifar_report
@@ -126,6 +127,7 @@ def draw_norm(axes: Axes, histories: dict[str, list[dict[str, float]]]) -> None:
             axes.plot(*zip(*held, strict=True), "x", color=colour, markersize=4, label="on the constraint")
     log_scale(axes)
     axes.set(xlabel="NIO iteration", ylabel="mean gradient norm")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Gradient norm (first seed)", loc="left")
     axes.legend(frameon=False, fontsize=7)
 
