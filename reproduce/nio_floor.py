@@ -95,8 +95,6 @@ class Config:
     """r, of the same."""
     grid_batches: int = 2
     """Held-out batches, of the same."""
-    grid_batches: int = 2
-    """Held-out batches, of the same."""
     seeds: int = 3
     """Initialisations, each with batches of its own."""
 
