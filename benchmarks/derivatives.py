@@ -17,12 +17,13 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measure import compare, compare_memory, device_of, peak_memory, run_sections
+from benchmarks.measure import compare, compare_memory, peak_memory, run_sections
 from benchmarks.zoo import ZOO, build
 from common.batches import map_tensors
 from common.derivatives import gradient, group_gradients, hvp, tape, taped_gradient
 from common.functional import BatchNormMode, classification_loss, parameters_of, pure_loss
 from common.networks import make_network
+from common.record import device_of
 from common.tree import tree_map, tree_vdot
 from common.types import Batch, Params, PureLoss
 
@@ -204,7 +205,7 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    device = device_of(config.device)
+    device = device_of(config.device, "benchmarks.derivatives")
     if config.child:
         size, mode, micro_batch_size = config.child.split()
         print(memory_of(int(size), mode, int(micro_batch_size), device))

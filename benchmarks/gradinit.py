@@ -22,11 +22,12 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import compare, compare_memory, device_of, peak_memory, run_sections, seconds, summarise
+from benchmarks.measure import compare, compare_memory, peak_memory, run_sections, seconds, summarise
 from common.functional import classification_loss, parameters_of, pure_loss
 from common.initializers import scale_weights_
 from common.networks import make_network
 from common.precision import full_precision
+from common.record import device_of
 from common.scales import Branch, RescaleAdam
 from common.training import TrainingConfig, train
 from common.tree import tree_norms
@@ -375,7 +376,7 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    device = device_of(config.device)
+    device = device_of(config.device, "benchmarks.gradinit")
     with full_precision(device):
         if config.child:
             side, name, branch, size = config.child.split()

@@ -19,11 +19,6 @@ from common.record import device_name
 RESULTS = Path(__file__).parent / "results"
 
 
-def device_of(name: str) -> torch.device:
-    """The device of that name; "auto": the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 def seconds(step: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,9 +16,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from benchmarks.measure import compare, compare_memory, device_of, peak_memory, run_sections, seconds, summarise
+from benchmarks.measure import compare, compare_memory, peak_memory, run_sections, seconds, summarise
 from common.functional import BatchNormMode, classification_loss, parameters_of, pure_loss
 from common.networks import make_network
+from common.record import device_of
 from common.training import TrainingConfig, train
 from common.types import Batch
 from papers.metainit import meta_gradient, metainit
@@ -252,7 +253,7 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    device = device_of(config.device)
+    device = device_of(config.device, "benchmarks.metainit")
     if config.child:
         variant, form = config.child.split()
         print(memory_of(variant, form, device))

@@ -31,16 +31,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gradinit
 from benchmarks.gradinit import noise
-from benchmarks.measure import RESULTS, compare_memory, device_of, peak_memory, run_sections, seconds, summarise
+from benchmarks.measure import RESULTS, compare_memory, peak_memory, run_sections, seconds, summarise
 from common.derivatives import GroupMode
 from common.functional import classification_loss, parameters_of, pure_loss
 from common.initializers import scale_weights_
 from common.networks import make_activation, make_network
 from common.precision import full_precision
+from common.record import device_of
 from common.scales import RescaleAdam
 from common.tree import tree_norms
 from common.types import Batch, Params
-from papers.nio import scale_gradients, windows
+from papers.nio import example_losses, gradient_tensors, scale_gradients, windows
 from papers.nio.objective import Coupling
 
 Section = Literal["splits", "memory", "examples", "streaming", "scaling"]
@@ -97,21 +98,6 @@ def network(name: str, device: torch.device, activation: str = "relu") -> nn.Mod
     return model.to(device)
 
 
-def in_gradient(model: nn.Module) -> list[str]:
-    """All but BatchNorm's gains and shifts."""
-    left_out = {
-        f"{path}.{own}"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for own, _ in module.named_parameters(recurse=False)
-    }
-    return [name for name, _ in model.named_parameters() if name not in left_out]
-
-
-def example_losses(model: nn.Module, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 class ReleasedLoop(gradinit.ReleasedLoop):
     """The released iteration on the module itself; the update of the multipliers is GradInit's, as it is there.
 
@@ -122,7 +108,7 @@ class ReleasedLoop(gradinit.ReleasedLoop):
     def __init__(self, model: nn.Module, groups: Sequence[slice], lr: float = 0.0) -> None:
         super().__init__(model, lr=lr)
         named = dict(self.model.named_parameters())
-        self.groups, self.moving = groups, [named[name] for name in in_gradient(model)]
+        self.groups, self.moving = groups, [named[name] for name in gradient_tensors(model, "without_batch_norm")]
 
     def slopes(self, batch: Batch, other: Callable[[], Batch], gamma: float) -> tuple[bool, tuple[Tensor, ...]]:
         with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivative
@@ -167,7 +153,7 @@ class Ours:
             "mode": mode,
             "chunk_size": chunk_size,
             "coupling": coupling,
-            "grad_params": in_gradient(model),
+            "grad_params": gradient_tensors(model, "without_batch_norm"),
         }
         self.adam = RescaleAdam(lr=lr)
         self.state = self.adam.init(self.m)
@@ -381,7 +367,7 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    device = device_of(config.device)
+    device = device_of(config.device, "benchmarks.nio")
     with full_precision(device):
         if config.child:
             way, name, splits, size = config.child.split()

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import compare, compare_memory, device_of, peak_memory, run_sections
+from benchmarks.measure import compare, compare_memory, peak_memory, run_sections
 from common.functional import parameters_of, pure_loss
 from common.optimizers import sgd
 from common.precision import full_precision
+from common.record import device_of
 from common.training import TrainingConfig, make_optimizer
 from common.types import Batch
 from common.unroll import OuterLoss, State, TrainingStep, training_step, unroll
@@ -291,7 +292,7 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    device = device_of(config.device)
+    device = device_of(config.device, "benchmarks.unroll")
     with full_precision(device):
         if config.child:
             scheme, *numbers = config.child.split()

@@ -4,6 +4,7 @@ Each is a pure function, differentiable in `params`, and composes with `torch.fu
 `tape`, which live on autograd's own tape, excepted).
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
@@ -275,8 +276,11 @@ def _vmapped(loss: PureLoss, params: Params, batch: Batch, groups: Sequence[Grou
         pieces = iter(leaves)
         return gradient(loss, params, map_tensors(lambda _: next(pieces), batch))
 
-    # "same": under a seed every group draws what it would draw alone
-    return torch.func.vmap(of_group, randomness="same", chunk_size=chunk_size)(*stacks)
+    with warnings.catch_warnings():
+        # torch goes through an operator without a batching rule one by one, which is right, and says so
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        # "same": under a seed every group draws what it would draw alone
+        return torch.func.vmap(of_group, randomness="same", chunk_size=chunk_size)(*stacks)
 
 
 def _shared(loss: PureLoss, params: Params, batch: Batch, groups: Sequence[Group], chunk_size: int | None) -> Params:

@@ -164,8 +164,9 @@ class Descent:
         if broken := [name for name, scale in zip(tuned, m.tolist(), strict=True) if not math.isfinite(scale)]:
             return (
                 f"{self.caller}: the gradient of every multiplier must be finite, got another at step {t - 1} for "
-                f"{', '.join(broken[:3])}{' and others' if len(broken) > 3 else ''}. Likely cause: a look-ahead step "
-                "or a second derivative that overflows (a smaller step or weights, or float64). The model is unchanged."
+                f"{', '.join(broken[:3])}{' and others' if len(broken) > 3 else ''}. Likely cause: a second "
+                "derivative or a look-ahead step that overflows (smaller weights or a smaller step, or float64). "
+                "The model is unchanged."
             )
         return (
             f"{self.caller}: at step {t}: {str(error).split(': ', 1)[-1]} Likely causes: activations that overflow "

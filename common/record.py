@@ -134,6 +134,22 @@ def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -
     )
 
 
+def as_recorded(value: float) -> float | str:
+    """JSON has no infinity: "inf" and "nan", which `float` reads."""
+    return value if math.isfinite(value) else str(value)
+
+
+def device_of(name: str, caller: str) -> torch.device:
+    """The device of that name; "auto": the GPU where there is one.
+
+    Raises:
+        ValueError: "cuda" where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{caller}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def device_name(device: torch.device) -> str:
     """What a number was measured on, for people."""
     if device.type == "cuda":

@@ -6,7 +6,7 @@ An experiment is a name, its arms and its report; everything is recorded unit by
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,14 @@ from torch import nn
 
 from common.initializers import lsuv_
 from common.networks import make_network
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, device_name, device_of, write_environment
 from common.scales import kinds_of
 from common.training import TrainingConfig
 from common.types import Batch, InitResult, NotFiniteError
 from data import cutout, epoch_batches, mixup
 from papers.gradinit import gradinit
 from papers.metainit import metainit
-from reproduce.command import make_progress
+from reproduce.command import begin, make_progress
 from reproduce.images import Splits, epochs_of, fit, prepare
 from reproduce.scales import rescaled, save_scales
 
@@ -366,8 +366,7 @@ def check_config(config: Config, caller: str) -> None:
             raise ValueError(f"{caller}: `{name}` must be positive, got {getattr(config, name)}.")
     if config.cutout < 0:
         raise ValueError(f"{caller}: `cutout` must be 0 or more pixels, got {config.cutout}.")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{caller}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    device_of(config.device, caller)
     for network in config.networks:
         if recipe_of(config, network).batch_size % 2:
             raise ValueError(f"{caller}: `batch_size` must be even, got {config.batch_size}: S̃ shares half of S.")
@@ -379,13 +378,8 @@ def run(config: Config, experiment: Experiment) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config, experiment.name)
     console = Console()
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    # the numbers do not depend on where the data and the folder are, nor on what is shown
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(experiment.name, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    device = device_of(config.device, experiment.name)
+    folder = begin(experiment.name, config, console)
     splits = prepare(
         config.data,
         data_dir=config.data_dir,
@@ -449,6 +443,8 @@ def compute(config: Config, arms: Sequence[Arm], folder: Run, splits: Splits, pr
             others = [folder.find(kind="initialisation", network=network, arm=a, seed=seed) for a in arm.extra_of]
             extra = math.ceil(max((other.get("epochs_worth", 0.0) for other in others if other), default=0.0))
             checkpoint = folder.folder / f"{network}-{arms.index(arm)}-{seed}.checkpoint"
-            record = run_training(config, network, arm, seed, splits, start, extra, checkpoint, lambda _: None)
+            epochs = config.epochs + extra
+            tick = lambda _, epochs=epochs: progress.advance(bar, 0.5 / epochs)  # noqa: E731
+            record = run_training(config, network, arm, seed, splits, start, extra, checkpoint, tick)
             folder.append({"kind": "training", "extra_epochs": extra} | key | record)
         progress.update(bar, completed=done + 1.0)

@@ -1,6 +1,5 @@
 """What the reports of the CIFAR experiments share: rows, comparisons, the table, and panels of the figure."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from reproduce.figures import save_png
 from reproduce.statistics import compare, conclude, mean_and_deviation, percent
 
 Records = Sequence[dict[str, Any]]
@@ -169,9 +169,7 @@ def save_panels(path: Path, records: Records, summary: dict[str, Any], method: s
         for row, network in zip(axes, networks, strict=True):
             draw(row, [record for record in records if record["network"] == network], network)
         figure.suptitle(f"{method}. {summary['data']}\n{summary['device']}", fontsize=9)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=120)
 
 
 def draw_scales(axes: Axes, scales: dict[str, float], kinds: dict[str, str]) -> None:
@@ -207,16 +205,3 @@ def draw_training(axes: Axes, records: Records, arms: Sequence[str], bold: Seque
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Training (seeds)", loc="left")
     axes.legend(frameon=False, fontsize=7)
-
-
-def is_number(value: float | None) -> bool:
-    """Whether a point can be drawn."""
-    return value is not None and math.isfinite(value)
-
-
-def log_scale(axes: Axes) -> None:
-    """Logarithmic, with ticks at 1, 2 and 5 in plain numbers."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -3,11 +3,14 @@
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from common.record import Run, open_run
 
 Config = TypeVar("Config")
 INTERRUPTED = 130  # the shell's own status for Ctrl-C
@@ -21,6 +24,14 @@ def parse(presets: Mapping[str, Config], description: str, args: list[str] | Non
     # An unknown preset goes on to tyro, whose message lists the ones there are.
     default = presets.get(chosen.preset, presets["quick"])
     return tyro.cli(type(default), default=default, args=args, description=description)
+
+
+def begin(experiment: str, config: Any, console: Console) -> Run:
+    """The run folder, new or resumed; the numbers in it do not depend on where data and folder are, nor on `quiet`."""
+    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
+    folder = open_run(experiment, asked, seed=0, output=config.output)
+    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    return folder
 
 
 def make_progress(*, quiet: bool) -> Progress:

@@ -9,7 +9,7 @@ same measures, is the finite-difference engine on the constraint?
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,12 @@ from torch import Tensor
 from common.functional import parameters_of, pure_loss
 from common.networks import make_network
 from common.precision import full_precision
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, device_name, device_of, write_environment
 from common.scales import scalable_tensors
 from data import ImageData, load_images, sample_batches
 from papers.gradinit import batch_pairs, scale_gradients
-from reproduce.command import end_well, make_progress, parse
+from reproduce.command import begin, end_well, make_progress, parse
+from reproduce.figures import save_png
 from reproduce.statistics import mean_and_deviation, percent
 
 EXPERIMENT = "gradinit_exactness"
@@ -126,8 +127,7 @@ def check_config(config: Config) -> None:
         raise ValueError(f"{EXPERIMENT}: `batch_size` must be even, got {config.batch_size}: S̃ shares half of S.")
     if not config.etas or not all(eta > 0 for eta in config.etas):
         raise ValueError(f"{EXPERIMENT}: `etas` must be positive, one or more, got {config.etas}.")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    device_of(config.device, EXPERIMENT)
     for network in config.networks:
         with torch.device("meta"):
             make_network(network)
@@ -137,12 +137,8 @@ def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
     console = Console()
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    device = device_of(config.device, EXPERIMENT)
+    folder = begin(EXPERIMENT, config, console)
     # two minibatches a seed: a thousand examples to draw them from
     data = load_images(config.data, data_dir=config.data_dir, train=max(1000, 4 * config.batch_size), test=100)
     write_environment(folder, data.record(), device)
@@ -258,9 +254,7 @@ def save_figure(path: Path, summary: dict[str, Any]) -> None:
         axes[0].set_title("First order against exact (dashed: with BatchNorm)", loc="left")
         axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.suptitle(f"GradInit at initialisation. {summary['data']}\n{summary['device']}", fontsize=8)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=140, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=140)
 
 
 def main() -> None:

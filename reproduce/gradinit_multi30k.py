@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from common.functional import parameters_of, pure_loss
 from common.initializers import tfixup_, transformer_
 from common.networks import Transformer
 from common.precision import full_precision
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, device_name, device_of, write_environment
 from common.training import TrainingConfig, train
 from common.translation import translation_loss, translation_metrics
 from common.types import Batch, NotFiniteError
@@ -44,7 +44,7 @@ from data import (
     train_subwords,
 )
 from papers.gradinit import gradinit, relative_gradient_variance
-from reproduce.command import end_well, make_progress, parse
+from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.gradinit_multi30k_report import (
     WITH_GRADINIT,
     WITH_WARMUP,
@@ -451,8 +451,7 @@ def check_config(config: Config) -> None:
             raise ValueError(
                 f"{EXPERIMENT}: learning rates must be positive, one or more, got {rates} for {optimizer}."
             )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    device_of(config.device, EXPERIMENT)
 
 
 def rates_of(config: Config, optimizer: OptimizerName) -> tuple[float, ...]:
@@ -463,13 +462,8 @@ def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
     console = Console()
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    # the numbers do not depend on where the data and the folder are, nor on what is shown
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    device = device_of(config.device, EXPERIMENT)
+    folder = begin(EXPERIMENT, config, console)
     corpus = prepare(config)
     write_environment(folder, corpus.data.record(), device)
     console.print(f"Data: {corpus.data.identity}.")

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
+from reproduce.figures import is_number, save_png
 from reproduce.gradinit_report import draw_search, draw_variance
 from reproduce.statistics import compare, mean_and_deviation
 
@@ -58,7 +59,7 @@ def best_learning_rate(trained: Records) -> float:
 
     def badness(record: dict[str, Any]) -> tuple[bool, float]:
         loss = record["history"][-1]["validation_loss"]
-        return record["failed_run"], loss if _is_number(loss) else math.inf
+        return record["failed_run"], loss if is_number(loss) else math.inf
 
     return min(trained, key=badness)["learning_rate"]
 
@@ -92,7 +93,7 @@ def _comparisons(rows: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _losses(row: dict[str, Any]) -> dict[int, float]:
-    return {s: loss for s, loss in zip(row["seeds"], row["validation_loss"], strict=True) if _is_number(loss)}
+    return {s: loss for s, loss in zip(row["seeds"], row["validation_loss"], strict=True) if is_number(loss)}
 
 
 def _at_rate(trainings: Records, rate: float | None) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
             console.print(f"Best at an edge of the grid, and maybe beyond it: {'; '.join(edge)}.", highlight=False)
         for arm, row in result["arms"].items():
             grid = ", ".join(
-                f"{rate:g}: {loss:.2f}{' (failed)' if failed else ''}" if _is_number(loss) else f"{rate:g}: diverged"
+                f"{rate:g}: {loss:.2f}{' (failed)' if failed else ''}" if is_number(loss) else f"{rate:g}: diverged"
                 for rate, loss, failed in row["grid"]
             )
             console.print(f"{arm}: {grid}" if grid else f"{arm}: nothing trained", highlight=False, style="dim")
@@ -213,16 +214,12 @@ def conclude(comparison: dict[str, Any]) -> str:
 
 
 def _spread(values: Sequence[float | None], digits: int) -> str:
-    finite = [value for value in values if _is_number(value)]
+    finite = [value for value in values if is_number(value)]
     if not finite:
         return "–"
     mean, deviation = mean_and_deviation(finite)  # pyright: ignore[reportArgumentType]
     lost = f" ({len(values) - len(finite)} lost)" if len(finite) < len(values) else ""
     return (f"{mean:.{digits}f}" if math.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}") + lost
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 # ---------------------------------------------------------------------------------------------- figure
@@ -247,9 +244,7 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
                 draw_variance(axes["variance"], first | {"kinds": kinds}, PARTS)
         title = textwrap.fill(f"GradInit, {summary['model']}. {summary['data']}", 150) + f"\n{summary['device']}"
         figure.suptitle(title, fontsize=9)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=120)
 
 
 def _draw_map(axes: Axes, records: Records, rows: dict[str, Any], unigram_loss: float, optimizer: str) -> None:
@@ -259,10 +254,10 @@ def _draw_map(axes: Axes, records: Records, rows: dict[str, Any], unigram_loss: 
     """
     trainings = [record for record in records if record["kind"] == "training"]
     losses = {id(record): record["history"][-1]["validation_loss"] for record in trainings}
-    finite = [loss for loss in losses.values() if _is_number(loss)]
+    finite = [loss for loss in losses.values() if is_number(loss)]
     top = max([unigram_loss, *finite]) * 1.03
     for arm, row in rows.items():
-        grid = [(rate, min(loss, top) if _is_number(loss) else top) for rate, loss, _ in row["grid"]]
+        grid = [(rate, min(loss, top) if is_number(loss) else top) for rate, loss, _ in row["grid"]]
         line, width = ("-", 2) if arm == WITH_GRADINIT else ("--", 1.4)
         if grid:
             axes.plot(*zip(*grid, strict=True), line, color=COLOURS[arm], label=arm, linewidth=width)
@@ -271,7 +266,7 @@ def _draw_map(axes: Axes, records: Records, rows: dict[str, Any], unigram_loss: 
                 loss = losses[id(record)]
                 axes.plot(
                     record["learning_rate"],
-                    min(loss, top) if _is_number(loss) else top,
+                    min(loss, top) if is_number(loss) else top,
                     "x" if record["failed_run"] else "o",
                     color=COLOURS[arm],
                     markersize=6 if record["failed_run"] else 4,
@@ -295,7 +290,7 @@ def _draw_training(axes: Axes, records: Records, rate: float | None, unigram_los
     for record in sorted(records, key=lambda record: list(COLOURS).index(record["arm"])):
         if record["kind"] == "training" and record["learning_rate"] == rate:
             curve = [(entry["updates"], entry["validation_loss"]) for entry in record["history"]]
-            curve = [point for point in curve if _is_number(point[1])]
+            curve = [point for point in curve if is_number(point[1])]
             width, label = (1.8, record["arm"]) if record["seed"] == 0 else (0.8, None)
             if curve:
                 axes.plot(*zip(*curve, strict=True), color=COLOURS[record["arm"]], linewidth=width, label=label)

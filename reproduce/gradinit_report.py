@@ -14,12 +14,11 @@ from reproduce.cifar_report import (
     draw_scales,
     draw_training,
     ends,
-    is_number,
-    log_scale,
     mean_ends,
     print_tables,
     save_panels,
 )
+from reproduce.figures import is_number, log_scale
 from reproduce.statistics import mean_and_deviation
 
 CLAIMS = (
@@ -52,7 +51,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         if "constraint_share" in arms["GradInit"]:
             yield what_gradinit_did(arms["GradInit"])
 
-    note = "own init, longer: with the epochs added that GradInit costs by arithmetic."
+    note = "own init, longer: with the epochs added that GradInit costs by arithmetic, rounded up."
     print_tables(console, summary, said, note)
 
 

@@ -10,7 +10,7 @@ held-out training images is kept, and the arms that carry the claim are repeated
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,12 @@ from torch import nn
 from common.functional import parameters_of, pure_loss
 from common.networks import make_network
 from common.precision import full_precision
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, device_name, device_of, write_environment
 from common.training import TrainingConfig
 from common.types import Batch, NotFiniteError
 from data import epoch_batches
 from papers.metainit import gradient_quotient, metainit, noise_batches
-from reproduce.command import end_well, make_progress, parse
+from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.images import Splits, epochs_of, fit, prepare
 from reproduce.metainit_arms import ARMS, Arm
 from reproduce.metainit_report import best_learning_rate, print_report, save_figure, summarise
@@ -260,8 +260,7 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{EXPERIMENT}: `{name}` must be at least 1, got {getattr(config, name)}.")
     if not config.learning_rates or min(config.learning_rates) <= 0:
         raise ValueError(f"{EXPERIMENT}: `learning_rates` must be positive, got {config.learning_rates}.")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    device_of(config.device, EXPERIMENT)
     for network in config.networks:
         with torch.device("meta"):
             make_network(network, activation=config.activation)
@@ -271,13 +270,8 @@ def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
     console = Console()
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    # the numbers do not depend on where the data and the folder are, nor on what is shown
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    device = device_of(config.device, EXPERIMENT)
+    folder = begin(EXPERIMENT, config, console)
     splits = prepare(
         config.data,
         data_dir=config.data_dir,

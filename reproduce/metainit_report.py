@@ -7,10 +7,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from reproduce.figures import log_scale, save_png
 from reproduce.statistics import compare, conclude, mean_and_deviation, percent
 
 Records = Sequence[dict[str, Any]]
@@ -158,9 +159,7 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
             _draw_norms(row[1], own)
             _draw_training(row[2], own, summary["networks"][network]["arms"])
         figure.suptitle(f"MetaInit. {summary['data']}\n{summary['device']}", fontsize=9)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=140, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=140)
 
 
 def _draw_quotients(axes: Axes, records: Records, network: str) -> None:
@@ -177,7 +176,8 @@ def _draw_quotients(axes: Axes, records: Records, network: str) -> None:
                 label=label,
             )
     axes.set(xlabel="MetaInit step", ylabel="gradient quotient (its noise batch)")
-    _log_scale(axes)
+    log_scale(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"{network}: gradient quotient, by start", loc="left")
     axes.legend(frameon=False, title="start (thin: other seeds)")
 
@@ -193,18 +193,10 @@ def _draw_norms(axes: Axes, records: Records) -> None:
                 x, y = range(1, len(norms) + 1), list(norms.values())
                 axes.plot(x, y, label=arm, marker=marker, markersize=3, **_style(arm))
     axes.set(xlabel="weight tensor, from input to output", ylabel="Frobenius norm")
-    _log_scale(axes)
+    log_scale(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Norms per layer (first seed)", loc="left")
     axes.legend(frameon=False)
-
-
-def _log_scale(axes: Axes) -> None:
-    """A log axis labelled with plain numbers at 1, 2 and 5; whole steps along x."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_training(axes: Axes, records: Records, rows: dict[str, Any]) -> None:

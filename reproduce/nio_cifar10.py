@@ -1,8 +1,11 @@
 """Does NIO make a network's first epoch better than its own initialisation and GradInit do, and at what cost?
 
-The paper's CIFAR networks with and without BatchNorm, trained by GradInit's recipe (the paper's own is not known) from
+Networks with and without BatchNorm, trained by GradInit's recipe (the paper's own is not known) from
 their own initialisation, after NIO over single examples and over sub-batches, after GradInit and MetaInit, with the
 epochs that NIO costs added, and with warm-up.
+
+NIO's own options begin with --nio; --gamma, --eta, --steps and --meta-learning-rate are GradInit's, the baseline's.
+ResNet-110, WRN-28-10 and DenseNet-100 are the paper's; VGG-19 and the small networks of `quick` are ours.
 
     python -m reproduce.nio_cifar10 [--preset smoke|quick|acc1|paper] [--data cifar100] [--data-dir FOLDER]
         [--output FOLDER]
@@ -16,7 +19,7 @@ from torch import nn
 
 from common.scales import kinds_of
 from common.types import InitResult
-from papers.nio import nio, windows
+from papers.nio import EXAMPLES_AT_ONCE, SUB_BATCHES_AT_ONCE, nio, windows
 from reproduce import cifar
 from reproduce.cifar import Arm, Experiment, Start, by_gradinit, by_metainit, recorded
 from reproduce.command import end_well, parse
@@ -135,10 +138,10 @@ def by_nio(model: nn.Module, start: Start, *, splits: int | Literal["examples"] 
 def epochs_worth(config: Config, by_example: bool, images: int) -> float:
     """What NIO costs in epochs of training, by arithmetic: forward passes an example, of which training takes 3.
 
-    12 where the groups are gone through in two passes, 9 where all their gradients are held (up to 32 examples or 4
-    sub-batches), times the examples of all windows over the batch's; and one iteration to measure the norm.
+    12 where the groups are gone through in two passes, 9 where all their gradients are held, times the examples of all
+    windows over the batch's; and one iteration to measure the norm.
     """
-    groups, held = (config.nio_batch_size, 32) if by_example else (config.nio_splits, 4)
+    groups, held = (config.nio_batch_size, EXAMPLES_AT_ONCE) if by_example else (config.nio_splits, SUB_BATCHES_AT_ONCE)
     overlap = 1.0 if by_example else 1 + 2 * config.nio_overlap * (1 - 1 / config.nio_splits)
     passes = (9 if groups <= held else 12) * overlap * (config.nio_steps + 1)
     return passes * config.nio_batch_size / (3 * images)

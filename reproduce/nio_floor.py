@@ -9,7 +9,7 @@ meant, and without overlap: GradCosine before and after NIO, on the batches that
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,21 +18,22 @@ from typing import Any, Literal, get_args
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 from common.derivatives import group_gradients
 from common.functional import classification_loss, parameters_of, pure_loss
 from common.networks import ResNet, make_network
 from common.options import check_choice
 from common.precision import full_precision
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, as_recorded, device_name, device_of, write_environment
 from common.tree import tree_map
-from common.types import Batch
+from common.types import Batch, NotFiniteError
 from data import ImageData, load_images, sample_batches
-from papers.nio import grad_cosine, grad_cosine_floor, measure, nio, windows
+from papers.nio import example_losses, grad_cosine, grad_cosine_floor, gradient_tensors, measure, nio, windows
 from papers.nio.batching import Rule
-from reproduce.command import end_well, make_progress, parse
+from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.nio_floor_report import print_report, save_figure, summarise
+from reproduce.scales import save_scales
 
 EXPERIMENT = "nio_floor"
 MEASURED = ("grad_cosine", "grad_norm", "norm_ratio")
@@ -176,20 +177,6 @@ def batches_of(
     return fitted[: config.steps], {"fitted": fitted[: config.batches], "held out": held_out}
 
 
-def in_gradient(model: nn.Module) -> list[str]:
-    """What the released code takes gradients in: convolutions and linear layers, not BatchNorm's gains and shifts."""
-    return [
-        f"{path}.{own}"
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-        for own, _ in module.named_parameters(recurse=False)
-    ]
-
-
-def example_losses(model: nn.Module, batch: Batch) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
 def measured(config: Config, model: nn.Module, network: str, groups: Groups, batches: Sequence[Batch]) -> list[dict]:
     """GC, GN and κ of each batch."""
     shared = has_batch_norm(network)
@@ -200,12 +187,12 @@ def measured(config: Config, model: nn.Module, network: str, groups: Groups, bat
         parameters_of(model),
         groups=groups.of(config.batch_size),
         coupling="shared" if shared else "independent",
-        grad_params=in_gradient(model),
+        grad_params=gradient_tensors(model, "released"),
     )
     rows = []
     for batch in batches:
         values = of_batch(batch)
-        rows.append({key: values[key].item() for key in MEASURED})
+        rows.append({key: as_recorded(values[key].item()) for key in MEASURED})
     return rows
 
 
@@ -224,7 +211,7 @@ def measure_grid(config: Config, model: nn.Module, network: str, batches: Sequen
     values: list[list[float]] = [[] for _ in cells]
     shared = has_batch_norm(network)
     loss = pure_loss(model, example_losses if shared else classification_loss)
-    theta, names = parameters_of(model), in_gradient(model)
+    theta, names = parameters_of(model), gradient_tensors(model, "released")
     for batch in batches:
         of_examples = group_gradients(loss, theta, batch, mode="shared" if shared else "auto", wrt=names)
         for cell, own in zip(cells, values, strict=True):
@@ -248,21 +235,24 @@ def optimise(
 ) -> dict[str, Any]:
     """NIO as released, but for what the configuration says."""
     start = time.perf_counter()
-    result = nio(
-        model,
-        batches=batches,
-        splits=groups.splits,
-        overlap=groups.overlap,
-        rule=groups.rule,
-        objective=objective,
-        steps=config.steps,
-        lr=config.learning_rate,
-        coupling="shared" if has_batch_norm(network) else "independent",  # the same without BatchNorm, and faster
-        variant="released",
-        on_step=on_step,
-        progress=False,
-    )
-    history = [{key: entry[key] for key in ("step", *MEASURED)} for entry in result.history]
+    try:
+        result = nio(
+            model,
+            batches=batches,
+            splits=groups.splits,
+            overlap=groups.overlap,
+            rule=groups.rule,
+            objective=objective,
+            steps=config.steps,
+            lr=config.learning_rate,
+            coupling="shared" if has_batch_norm(network) else "independent",  # the same without BatchNorm, and faster
+            variant="released",
+            on_step=on_step,
+            progress=False,
+        )
+    except NotFiniteError as error:  # a norm that is rewarded without a bound may overflow: a result
+        return {"failed": str(error), "seconds": time.perf_counter() - start}
+    history = [{key: as_recorded(entry[key]) for key in ("step", *MEASURED)} for entry in result.history]
     return {"history": history, "scales": result.scales, "seconds": time.perf_counter() - start}
 
 
@@ -277,11 +267,14 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{EXPERIMENT}: `{name}` must name one or more, got none.")
     for objective in config.objectives:
         check_choice(EXPERIMENT, "objectives", objective, get_args(Objective))
+    if config.batches > config.steps:
+        raise ValueError(
+            f"{EXPERIMENT}: `batches` are fitted ones too, at most `steps`, got {config.batches} of {config.steps}."
+        )
     for splits in (config.splits, *config.grid_splits):
         for overlap in (config.overlap, *config.grid_overlaps):
             windows(config.batch_size, splits, overlap)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    device_of(config.device, EXPERIMENT)
     for network in config.networks:
         with torch.device("meta"):
             make(network, config.width, 10)
@@ -291,12 +284,8 @@ def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
     console = Console()
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    device = device_of(config.device, EXPERIMENT)
+    folder = begin(EXPERIMENT, config, console)
     # class-balanced, and enough for a batch an iteration
     wanted = [max(500, config.batch_size * count) for count in (max(config.steps, config.batches), config.batches)]
     data = load_images(config.data, data_dir=config.data_dir, train=wanted[0], test=wanted[1])
@@ -306,10 +295,11 @@ def run(config: Config) -> dict[str, Any]:
     with make_progress(quiet=config.quiet) as progress, full_precision(device):
         compute(config, folder, data, device, progress)
     summary = summarise(folder.records, config.batch_size) | {"data": data.identity, "device": device_name(device)}
+    save_scales(folder, "network", "nio")
     save_figure(folder.folder / "figure.png", folder.records, summary)
     print_report(console, summary)
     folder.finish(summary)
-    console.print(f"Records and figure.png: {folder.folder}")
+    console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
     return summary
 
 
@@ -351,7 +341,9 @@ def compute(config: Config, folder: Run, data: ImageData, device: torch.device, 
                 model = initial()
                 tick = lambda _: progress.advance(bar, 1 / config.steps)  # noqa: E731
                 record = optimise(config, model, network, groups, objective, fitted, tick)
-                about = {"groups": name, "objective": objective, "measured": everywhere(model, groups)}
+                about: dict[str, Any] = {"groups": name, "objective": objective, "arm": f"{name}, {objective}"}
+                if "failed" not in record:
+                    about["measured"] = everywhere(model, groups)
                 folder.append({"kind": "after"} | key | about | record)
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from papers.nio import signal_of, windows
+from reproduce.figures import save_png
 from reproduce.statistics import mean_and_deviation, paired_interval
 
 Records = Sequence[dict[str, Any]]
@@ -58,14 +59,20 @@ def _summary_of(records: Records, batch_size: int) -> dict[str, Any]:
     result: dict[str, Any] = {"floor": floor, "batches": len(befores[0]["measured"]["held out"]), "objectives": {}}
     result["before"] = {where: _at(befores, where, floor, about, batch_size) for where in befores[0]["measured"]}
     for objective in dict.fromkeys(record["objective"] for record in records if record["kind"] == "after"):
-        afters = sorted((r for r in records if r.get("objective") == objective), key=lambda record: record["seed"])
+        ended = {r["seed"]: r for r in records if r.get("objective") == objective}
+        pairs = [(ended[b["seed"]], b) for b in befores if "measured" in ended.get(b["seed"], {})]
+        if not pairs:  # every search overflowed
+            continue
         result["objectives"][objective] = {
-            where: _at(afters, where, floor, about, batch_size)
+            where: _at([after for after, _ in pairs], where, floor, about, batch_size)
             | {
                 f"{key}_change": estimate(
                     [
-                        [a[key] - b[key] for a, b in zip(*(r["measured"][where] for r in pair), strict=True)]
-                        for pair in zip(afters, befores, strict=True)
+                        [
+                            float(a[key]) - float(b[key])
+                            for a, b in zip(*(r["measured"][where] for r in pair), strict=True)
+                        ]
+                        for pair in pairs
                     ]
                 )
                 for key in ("grad_cosine", "grad_norm")
@@ -78,7 +85,7 @@ def _summary_of(records: Records, batch_size: int) -> dict[str, Any]:
 def _at(records: Records, where: str, floor: float, about: dict[str, Any], batch_size: int) -> dict[str, Any]:
     """Means over seeds and batches, what lies above the floor, and the signal ρ' that GC stands for."""
     values = {
-        key: [[row[key] for row in record["measured"][where]] for record in records]
+        key: [[float(row[key]) for row in record["measured"][where]] for record in records]
         for key in ("grad_cosine", "grad_norm", "norm_ratio")
     }
     means = {key: mean_and_deviation([mean_and_deviation(v)[0] for v in own])[0] for key, own in values.items()}
@@ -127,7 +134,8 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         f"\nMeans over {batches} batches of {seeds} seed{'s' if seeds > 1 else ''}. GC: mean cosine of two groups' "
         "gradients. floor: GC of orthogonal examples of one length. ρ': the signal that GC stands for, squared length "
         "of the mean gradient over the variance of an example's. GN: mean norm, κ: largest over smallest. Brackets: "
-        "95 % t-interval over seeds; it carries the words, or where they say so, the one over all batches.",
+        "95 % t-interval over seeds; it carries the words, or where they say so, the one over all batches. "
+        "Each interval stands by itself: of twenty such words one may be wrong.",
         style="dim",
     )
 
@@ -198,9 +206,7 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
             f"{summary['data']}\n{summary['device']}",
             fontsize=9,
         )
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=120)
 
 
 def draw_search(axes: Axes, records: Records, key: str, floors: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from common.derivatives import group_gradients
 from common.functional import classification_loss, parameters_of, pure_loss, uses_batch_statistics
 from common.networks import make_network
 from common.precision import full_precision
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, as_recorded, device_name, device_of, write_environment
 from common.scales import scalable_tensors
 from common.training import TrainingConfig, classification_metrics, train
 from common.tree import numel
@@ -38,12 +38,13 @@ from papers.nio import (
     grad_cosine_floor,
     grad_norm,
     grad_sign,
+    gradient_tensors,
     optima,
     optima_bound,
     optima_density,
     windows,
 )
-from reproduce.command import end_well, make_progress, parse
+from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.images import Splits, epochs_of, prepare
 from reproduce.nio_landscape_report import print_report, save_figure, summarise
 from reproduce.scales import rescaled
@@ -76,7 +77,7 @@ class Config:
     """Stride of the first convolution of a plain-* network: 2 halves the resolution, for two cores."""
     seeds: int = 2
     """Draws of the network, each with scalings and an order of the training images of its own."""
-    scalings: int = 30
+    scalings: int = 31
     """Scalings of each draw; the first leaves it as it is."""
     spread: float = 4.0
     """The factor of a tensor is log-uniform between 1/spread and spread."""
@@ -147,19 +148,20 @@ def measure(model: nn.Module, batches: Sequence[Batch], splits: int) -> dict[str
     Ψ and Θ take H = 1 and Eq. (3) with η = 1: for one and the same H in all runs, neither changes a rank.
     """
     loss, theta = pure_loss(model), parameters_of(model)
+    names = gradient_tensors(model, "without_batch_norm")  # those whose GradCosine NIO maximises
     coupled = uses_batch_statistics(model, "batch")
     rows = []
     for batch in batches:
         groups = windows(len(batch[1]), splits)
-        g = group_gradients(loss, theta, batch, groups, mode="loop")  # sub-batches are forward passes of their own
+        g = group_gradients(loss, theta, batch, groups, mode="loop", wrt=names)
         row = {"grad_cosine_windows": grad_cosine(g) - grad_cosine_floor(groups)}
         if not coupled:
-            g = group_gradients(loss, theta, batch, mode="vmap", chunk_size=32)
+            g = group_gradients(loss, theta, batch, mode="vmap", chunk_size=32, wrt=names)
             row["grad_cosine_examples"] = grad_cosine(g)
         n, d = len(next(iter(g.values()))), optima(g)
         row |= {
             "grad_norm": grad_norm(g),
-            "grad_sign": grad_sign(g) / (n * numel(theta)),
+            "grad_sign": grad_sign(g) / (n * numel({name: theta[name] for name in names})),
             "gradient_quotient": gradient_quotient(loss, theta, batch),
             "optima_density": optima_density(d),
             "optima_bound": optima_bound(d),
@@ -198,11 +200,6 @@ def ending(train_loss: float, accuracy: float, num_classes: int, *, diverged: bo
         "diverged": diverged,
         "failed": diverged or train_loss > FAILED_ABOVE * math.log(num_classes),
     }
-
-
-def as_recorded(value: float) -> float | str:
-    """JSON has no infinity: "inf", "nan", which `float` reads."""
-    return value if math.isfinite(value) else str(value)
 
 
 def run_scaling(
@@ -248,8 +245,7 @@ def check_config(config: Config) -> None:
         )
     if not config.networks:
         raise ValueError(f"{EXPERIMENT}: `networks` must name one or more, got none.")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    device_of(config.device, EXPERIMENT)
     for network in config.networks:
         with torch.device("meta"):
             make_model(config, network, 0, 10)
@@ -259,12 +255,8 @@ def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
     console = Console()
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    device = device_of(config.device, EXPERIMENT)
+    folder = begin(EXPERIMENT, config, console)
     splits = prepare(
         config.data, data_dir=config.data_dir, train=config.train_images, validation=0, test=config.test_images,
         batch_size=max(config.batch_size, config.measure_batch_size), device=device, caller=EXPERIMENT,

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from reproduce.figures import save_png
+
 Records = Sequence[dict[str, Any]]
 RESAMPLES = 2_000
 FEWEST = 10  # runs: resamples of fewer say too little, and of a perfect ranking that it is certain
@@ -230,9 +232,7 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
         figure.suptitle(
             f"Measured at initialisation, trained afterwards. {summary['data']}\n{summary['device']}", fontsize=8
         )
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=110)
 
 
 STYLES = {

@@ -15,11 +15,11 @@ from reproduce.cifar_report import (
     draw_scales,
     draw_training,
     ends,
-    log_scale,
     mean_ends,
     print_tables,
     save_panels,
 )
+from reproduce.figures import log_scale
 from reproduce.gradinit_report import of_searches, what_gradinit_did
 from reproduce.statistics import mean_and_deviation
 
@@ -66,7 +66,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
 
     note = (
         "NIO, examples: not defined with batch statistics. own init, longer: with the epochs added that NIO costs by "
-        "arithmetic."
+        "arithmetic, the larger of both, rounded up. Each interval stands by itself."
     )
     print_tables(console, summary, said, note)
 

@@ -24,6 +24,7 @@ from common.derivatives import group_gradients
 from common.types import Params
 from papers.nio import grad_cosine, optima_bound, optima_density
 from reproduce.command import end_well
+from reproduce.figures import save_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,7 @@ def save_figure(path: Path, panels: list[Panel]) -> None:
         for axis, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
             draw_panel(axis, panel)
         figure.suptitle("Ψ cannot tell (c) from (d); GradCosine can", fontsize=11)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=140, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=140)
 
 
 def draw_panel(axis: Axes, panel: Panel) -> None:

@@ -12,10 +12,8 @@ first updates, which is what is asked about, and a run of fewer epochs does not 
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,13 +26,13 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 from common.functional import parameters_of, pure_loss
 from common.precision import full_precision
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, device_name, device_of, write_environment
 from common.training import TrainingConfig, classification_metrics, train
 from common.types import Batch, NotFiniteError
 from data import epoch_batches
-from papers.nio import measure, nio
+from papers.nio import measure, nio, windows
 from papers.nio.objective import OBJECTIVES, Objective
-from reproduce.command import end_well, make_progress, parse
+from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.images import Splits, prepare
 from reproduce.nio_vit_report import best_learning_rate, print_report, save_figure, summarise
 from reproduce.scales import rescaled, save_scales
@@ -297,17 +295,9 @@ def measured(config: Config, model: nn.Module, splits: Splits) -> dict[str, floa
     """GradCosine, gradient norm and shares over single held-out images, the same for every start."""
     images = splits.validation.take(torch.arange(config.measured_images))
     x, y = next(splits.batches(images, config.measured_images))
-    with full_precision(splits.device), without_fallback_warning():
+    with full_precision(splits.device):
         found = measure(pure_loss(model, loss_fn(config)), parameters_of(model), (x, y), chunk_size=CHUNK)
     return {name: value.item() for name, value in found.items()}
-
-
-@contextmanager
-def without_fallback_warning() -> Iterator[None]:
-    """torch.func.vmap says that it goes through one operator of Swin, example by example: no concern of a user's."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        yield
 
 
 def run_initialisation(
@@ -321,21 +311,20 @@ def run_initialisation(
     gamma = config.gamma * before["grad_norm"]
     start = time.perf_counter()
     try:
-        with without_fallback_warning():
-            result = nio(
-                model,
-                loss_fn(config),
-                augmented(splits, config.meta_batch_size, 900 + seed),
-                splits="examples" if config.splits is None else config.splits,
-                overlap=config.overlap,
-                objective=config.objective,
-                gamma=gamma,
-                steps=config.steps,
-                lr=config.meta_learning_rate,
-                chunk_size=CHUNK if config.splits is None else config.splits,
-                on_step=on_step,
-                progress=False,
-            )
+        result = nio(
+            model,
+            loss_fn(config),
+            augmented(splits, config.meta_batch_size, 900 + seed),
+            splits="examples" if config.splits is None else config.splits,
+            overlap=config.overlap,
+            objective=config.objective,
+            gamma=gamma,
+            steps=config.steps,
+            lr=config.meta_learning_rate,
+            chunk_size=CHUNK if config.splits is None else config.splits,
+            on_step=on_step,
+            progress=False,
+        )
     except NotFiniteError as error:  # a result
         return {"seconds": time.perf_counter() - start, "before": before, "gamma": gamma, "failed": str(error)}
     return {
@@ -460,21 +449,22 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"{EXPERIMENT}: `model` must be one of {', '.join(get_args(ModelName))}, got {config.model!r}."
         )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{EXPERIMENT}: `device` must be there, got 'cuda' without a GPU that torch sees. Try 'auto'.")
+    if config.splits is not None:
+        windows(config.meta_batch_size, config.splits, config.overlap)  # says what does not fit
+    elif config.overlap:
+        raise ValueError(
+            f"{EXPERIMENT}: `overlap` is what sub-batches share, got {config.overlap} for single examples. "
+            "Set `splits`."
+        )
+    device_of(config.device, EXPERIMENT)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
     console = Console()
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
-    # the numbers do not depend on where the data and the folder are, nor on what is shown
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(EXPERIMENT, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    device = device_of(config.device, EXPERIMENT)
+    folder = begin(EXPERIMENT, config, console)
     splits = prepare(
         config.data,
         data_dir=config.data_dir,

@@ -1,6 +1,5 @@
 """Table, sentences and figure of `reproduce.nio_vit`, from its records alone."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
+from reproduce.figures import is_number, log_scale, save_png
 from reproduce.statistics import compare, conclude, mean_and_deviation, percent
 
 Records = Sequence[dict[str, Any]]
@@ -233,17 +233,15 @@ def what_nio_did(searches: Records) -> str:
         return mean(lambda s: s["ends"][key][0]), mean(lambda s: s["ends"][key][1])
 
     (c0, c1), (n0, n1), (k0, k1) = (ends(key) for key in ("grad_cosine", "grad_norm", "norm_ratio"))
+    bounds = [search["gamma"] for search in searches if search["gamma"] is not None]  # JSON has no infinity
+    bound = f"bound {mean_and_deviation(bounds)[0]:.3g}" if bounds else "no bound"
     return (
         f"NIO, mean over {len(searches)} seed{'s' if len(searches) > 1 else ''}, gradients of single held-out images: "
-        f"GradCosine {c0:.3f} → {c1:.3f} (floor 0), gradient norm {n0:.3g} → {n1:.3g} (bound "
-        f"{mean(lambda s: s['gamma']):.3g}), largest over smallest norm {k0:.3g} → {k1:.3g}; "
+        f"GradCosine {c0:.3f} → {c1:.3f} (floor 0), gradient norm {n0:.3g} → {n1:.3g} ("
+        f"{bound}), largest over smallest norm {k0:.3g} → {k1:.3g}; "
         f"{100 * mean(lambda s: s['constraint_share']):.0f} % of the iterations on the constraint; arithmetic of "
         f"{mean(lambda s: s['updates_worth']):.0f} updates, which only 'default, longer' is given."
     )
-
-
-def is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 # ---------------------------------------------------------------------------------------------- figure
@@ -264,9 +262,7 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
             for empty in axes[:, 1:].flat:
                 empty.set_axis_off()
         figure.suptitle(f"NIO, {summary['model']}. {summary['data']}\n{summary['device']}", fontsize=9)
-        partial = path.with_suffix(".partial")
-        figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+        save_png(figure, path, dpi=120)
 
 
 def _lines(axes: Axes, summary: dict[str, Any], values: Callable[[dict[str, Any]], list[float]]) -> None:
@@ -356,10 +352,7 @@ def _draw_norm(axes: Axes, searches: Records) -> None:
                 linestyle="--",
                 label="bound γ, a seed each" if k == 0 else None,
             )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    log_scale(axes, (1, 2, 3, 5))
     low, high = axes.get_ylim()
     axes.set(ylabel="mean gradient norm", ylim=(low, high * (high / low) ** 0.3))
     axes.set_title("Gradient norm", loc="left")

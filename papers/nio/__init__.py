@@ -1,5 +1,9 @@
 """NIO (Yang et al., NeurIPS 2022): learn one scale a tensor so that examples' gradients agree (GradCosine)."""
 
+from papers.nio.algorithm import EXAMPLES_AT_ONCE as EXAMPLES_AT_ONCE
+from papers.nio.algorithm import SUB_BATCHES_AT_ONCE as SUB_BATCHES_AT_ONCE
+from papers.nio.algorithm import example_losses as example_losses
+from papers.nio.algorithm import gradient_tensors as gradient_tensors
 from papers.nio.algorithm import nio as nio
 from papers.nio.batching import expected_cosine as expected_cosine
 from papers.nio.batching import grad_cosine_floor as grad_cosine_floor

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from common.batches import endless, length_of, map_tensors, of_one_size
@@ -34,6 +35,8 @@ from papers.nio.batching import Rule, grad_cosine_floor, windows
 from papers.nio.objective import OBJECTIVES, Coupling, Objective, scale_gradients
 
 Variant = Literal["paper", "released"]
+EXAMPLES_AT_ONCE, SUB_BATCHES_AT_ONCE = 32, 4
+"""Groups whose graphs are held at once, unless told."""
 Splits = int | Literal["examples"]
 
 
@@ -159,7 +162,7 @@ def nio(
         coupling = "shared" if released else "independent"
     if grad_params is None:
         grad_params = "released" if released else "without_batch_norm"
-    in_gradient = _gradient_tensors(model, grad_params)
+    in_gradient = gradient_tensors(model, grad_params)
     _check_options(splits, overlap, objective, gamma, norm_weight, rule, coupling, chunk_size)
     if batches is None:
         raise ValueError(
@@ -169,9 +172,9 @@ def nio(
     coupled = coupling == "independent" and uses_batch_statistics(model, batch_norm)
     chosen = _choose_splits(splits, overlap, coupled=coupled)
     by_example = chosen == "examples"
-    chunk_size = chunk_size or (32 if by_example else 4)
+    chunk_size = chunk_size or (EXAMPLES_AT_ONCE if by_example else SUB_BATCHES_AT_ONCE)
     shared = coupling == "shared"
-    user_loss = _example_losses if shared and loss_fn is classification_loss else loss_fn
+    user_loss = example_losses if shared and loss_fn is classification_loss else loss_fn
     make = partial(pure_loss, model, user_loss, batch_norm=batch_norm, exact=exact_kernels)
     theta0 = trainable(model)
     # a loop differentiates twice, in reverse, for which torch's own norms are right; vmap needs the re-expressed ones
@@ -221,7 +224,7 @@ def nio(
         at_hand = {name: metrics[name].item() for name in ("grad_cosine", "grad_norm")}
         return branch, d, {"floor": floor} | metrics | at_hand
 
-    return descent.run(model, slopes, shown=("grad_cosine", "grad_norm"), on_step=on_step, progress=progress)
+    return descent.run(model, slopes, shown=("grad_cosine", "floor", "grad_norm"), on_step=on_step, progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------- its small parts
@@ -275,6 +278,8 @@ def _vectorised(
     ones = {name: leaf.new_ones(()) for name, leaf in theta0.items()}
     try:
         scale_gradients(mapped, theta0, ones, two, grad_params=in_gradient, mode="vmap")
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # no batching rule, or control flow on data; whatever else is wrong comes again
         warnings.warn(
             "nio: torch.func.vmap cannot follow this model, so examples are gone through one by one, which is slower: "
@@ -285,8 +290,17 @@ def _vectorised(
     return mapped, "vmap"
 
 
-def _gradient_tensors(model: nn.Module, wanted: Patterns | str) -> list[str]:
-    """Names of the trainable tensors that gradients are taken in."""
+def gradient_tensors(model: nn.Module, wanted: Patterns | str) -> list[str]:
+    """Names of the trainable tensors that gradients are taken in.
+
+    Args:
+        model: Whose.
+        wanted: "all", "without_batch_norm", "released" (weights and biases of convolutions, linear layers and layer
+            norms), or kinds and name patterns.
+
+    Raises:
+        ValueError: A pattern that means no parameter, or nothing left.
+    """
     kinds = kinds_of(model)
     of_batch_norm = _parameters_in(model, nn.modules.batchnorm._BatchNorm)
     if wanted == "all":
@@ -313,7 +327,7 @@ def _parameters_in(model: nn.Module, kinds: type | tuple[type, ...]) -> set[str]
     return {name for name, parameter in model.named_parameters() if id(parameter) in owners}
 
 
-def _example_losses(model: nn.Module, batch: Batch) -> Tensor:
+def example_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of each example, shape (B,); of further dimensions the mean."""
     x, y = batch
     losses = nn.functional.cross_entropy(model(x), y, reduction="none")

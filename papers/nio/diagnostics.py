@@ -97,7 +97,9 @@ def grad_sign(gradients: Params) -> Float[Tensor, ""]:
 
 
 def layer_cosines(gradients: Params, *, include_diagonal: bool = False) -> dict[str, Float[Tensor, ""]]:
-    r"""GC of each tensor by itself. The GC of all weights them by their shares of the gradient.
+    r"""GC of each tensor by itself.
+
+    Two gradients' cosine is Σ_k √(s_ik s_jk) cos_k over tensors k, with s_ik = ‖g_ik‖²/‖g_i‖² their shares.
 
     Example:
         >>> layer_cosines({"w": torch.tensor([[1.0, 0.0], [2.0, 0.0]]), "b": torch.tensor([1.0, -1.0])})

@@ -155,10 +155,8 @@ def cotangents(
     else:
         c = 2 / (n if include_diagonal else n - 1)
         # sums of products, which round less than torch's norms: ū holds a part u_i/n, of which nothing may be left
-        along, square = (
-            torch.stack([terms.reshape(len(r), -1).sum(1) for terms in products.values()]).sum(0)
-            for products in (tree_map(torch.mul, gradients, seen.ubar), tree_map(torch.square, gradients))
-        )
+        along = torch.stack([(g * seen.ubar[name]).reshape(len(r), -1).sum(1) for name, g in gradients.items()]).sum(0)
+        square = torch.stack([g.square().reshape(len(r), -1).sum(1) for g in gradients.values()]).sum(0)
         part = torch.where(square > 0, along / square, 0.0)  # ⟨g_i, ū⟩ / r_i²
         pull, back = c * inverse, c * inverse * part
         v = tree_map(lambda g, ubar: _by_group(back, g) * g - _by_group(pull, g) * ubar, gradients, seen.ubar)
@@ -191,7 +189,8 @@ class Statistics(NamedTuple):
         return {
             "grad_cosine": _cosine(tree_map(lambda leaf: leaf * n, self.ubar), self.r, include_diagonal),
             "grad_norm": self.r.mean(),
-            "grad_variance": self.r.square().mean() - tree_vdot(self.gbar, self.gbar),
+            # E‖g‖² − ‖ḡ‖² loses digits where gradients nearly agree
+            "grad_variance": (self.r.square().mean() - tree_vdot(self.gbar, self.gbar)).clamp(min=0),
             "norm_ratio": norm_ratio(self.r),
         } | {f"share/{name}": share for name, share in zip(self.gbar, self.shares.unbind(), strict=True)}
 
@@ -301,6 +300,7 @@ def scale_gradients(
         with torch.no_grad():
             v = cotangents(gradients, which, seen=seen, **options)
         d = tree_add(d, tape(gradients, m, v, keep=False))  # Σ_i ⟨v_i, ∂g_i/∂m⟩
+        del gradients, v  # before the next chunk's are computed
     return branch, d, metrics
 
 

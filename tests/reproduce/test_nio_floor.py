@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from common.functional import parameters_of, pure_loss
-from papers.nio import grad_cosine_floor, measure, windows
-from reproduce.nio_floor import PRESETS, Groups, groups_of, in_gradient, make, measure_grid, run
+from papers.nio import grad_cosine_floor, gradient_tensors, measure, windows
+from reproduce.nio_floor import PRESETS, Groups, groups_of, make, measure_grid, run
 from reproduce.nio_floor_report import estimate, print_report, save_figure, sentence, summarise
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of
@@ -86,7 +86,7 @@ def test_the_last_gain_of_each_block_is_zero():
 
 
 def test_gradients_are_taken_in_convolutions_and_linear_layers():
-    names = in_gradient(make("resnet-8-bn", 2, 10))
+    names = gradient_tensors(make("resnet-8-bn", 2, 10), "released")
     assert "stem.1.weight" in names
     assert "classifier.bias" in names
     assert not [name for name in names if "norm" in name or name.startswith("stem.2")]
@@ -110,7 +110,7 @@ def test_the_grid_is_what_measure_finds(network, generator):
         groups = Groups(cell["splits"], cell["overlap"], cell["rule"]).of(8)
         expected = measure(
             pure_loss(model, losses), parameters_of(model), batch,
-            groups=groups, coupling="shared", grad_params=in_gradient(model),
+            groups=groups, coupling="shared", grad_params=gradient_tensors(model, "released"),
         )  # fmt: skip
         assert cell["grad_cosine"] == [pytest.approx(expected["grad_cosine"].item(), rel=1e-6)]
         assert cell["floor"] == (0.0 if cell["splits"] == "examples" else grad_cosine_floor(groups))

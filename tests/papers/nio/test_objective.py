@@ -364,7 +364,7 @@ MUTANTS = {
     "cotangent's constant with the diagonal": (C, C.replace("(n if", "(n - 1 if")),
     "cotangent's constant halved": (C, C.replace("2 /", "1 /")),
     "cotangent from the mean gradient": (MEANS, MEANS.replace("ubar", "gbar")),
-    "projection of the mean gradient": ("torch.mul, gradients, seen.ubar", "torch.mul, gradients, seen.gbar"),
+    "projection of the mean gradient": ("(g * seen.ubar[name])", "(g * seen.gbar[name])"),
     "projection at a zero gradient": ("torch.where(square > 0, along / square, 0.0)", "along / square"),
     "cotangent of GV": ("2 / n * (leaf - mean)", "2 / n * leaf"),
     "cotangent of GV halved": ("2 / n * (leaf - mean)", "1 / n * (leaf - mean)"),
