@@ -73,8 +73,8 @@ def _row(
 
 
 def ends(history: list[dict[str, float]], key: str) -> tuple[float, float]:
-    """Mean over the first and the last tenth of the iterations: single minibatches are noisy."""
-    tenth = max(1, len(history) // 10)
+    """Mean over the first and the last tenth of the iterations, three at least: single minibatches are noisy."""
+    tenth = max(3, len(history) // 10)
     first, last = (
         mean_and_deviation([entry[key] for entry in part])[0] for part in (history[:tenth], history[-tenth:])
     )

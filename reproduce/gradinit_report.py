@@ -61,7 +61,7 @@ def what_gradinit_did(row: dict[str, Any]) -> str:
     share, cost = (mean_and_deviation(row[key])[0] for key in ("constraint_share", "epochs_worth"))
     return (
         f"GradInit, mean over {len(row['constraint_share'])} seeds: gradient norm {n0:.3g} → {n1:.3g}, "
-        f"loss {l0:.3g} → {l1:.3g} (first and last tenth of the iterations); "
+        f"loss {l0:.3g} → {l1:.3g} (first and last tenth of the iterations, three at least); "
         f"{100 * share:.0f} % of them on the constraint; arithmetic of {cost:.1f} epochs."
     )
 

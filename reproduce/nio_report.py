@@ -76,8 +76,8 @@ def _what_nio_did(arm: str, row: dict[str, Any]) -> str:
     share, cost = (mean_and_deviation(row[key])[0] for key in ("constraint_share", "epochs_worth"))
     return (
         f"{arm}, mean over {len(row['constraint_share'])} seeds: GradCosine {c0:.3f} → {c1:.3f} (floor "
-        f"{row['floor']:.3f}), mean gradient norm {n0:.3g} → {n1:.3g} (first and last tenth of the iterations); "
-        f"{100 * share:.0f} % of them on the constraint; arithmetic of {cost:.1f} epochs."
+        f"{row['floor']:.3f}), mean gradient norm {n0:.3g} → {n1:.3g} (first and last tenth of the iterations, three "
+        f"at least); {100 * share:.0f} % of them on the constraint; arithmetic of {cost:.1f} epochs."
     )
 
 
