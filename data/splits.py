@@ -57,7 +57,7 @@ class ImageData:
     """A labelled image set with its identity.
 
     Attributes:
-        name: What was loaded: "cifar10", "cifar100", "digits" or "noise".
+        name: What was loaded: "cifar10", "cifar100", "tiny-imagenet", "digits" or "noise".
         train: The training split.
         test: The held-out split.
         class_names: One name a class.
