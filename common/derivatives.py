@@ -85,9 +85,13 @@ def tape(
         None if cotangents is None else [cotangents[name] for name in live],
         create_graph=keep,
         retain_graph=keep if retain is None else retain,
-        materialize_grads=True,
+        allow_unused=True,
     )
-    return dict(zip(params, gradients, strict=True))
+    # zeros made by torch's materialize_grads would require a gradient, as if something depended on them
+    return {
+        name: torch.zeros_like(leaf) if slope is None else slope
+        for (name, leaf), slope in zip(params.items(), gradients, strict=True)
+    }
 
 
 def check_twice_differentiable(loss: PureLoss, params: Params, batch: Batch, caller: str) -> None:

@@ -204,4 +204,5 @@ def draw_training(axes: Axes, records: Records, arms: Sequence[str], bold: Seque
     axes.set(xlabel="epoch", ylabel="test accuracy, % (mean over seeds)", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Training (seeds)", loc="left")
-    axes.legend(frameon=False, fontsize=7)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=7)

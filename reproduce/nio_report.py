@@ -90,9 +90,9 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
         searches = [
             r for r in own if r["kind"] == "initialisation" and r["arm"] in NIO and "history" in r and r["seed"] == 0
         ]
-        draw_cosine(row[0], {r["arm"]: r["history"] for r in searches}, network)
-        draw_norm(row[1], {r["arm"]: r["history"] for r in searches})
         if searches:
+            draw_cosine(row[0], {r["arm"]: r["history"] for r in searches}, network)
+            draw_norm(row[1], {r["arm"]: r["history"] for r in searches})
             first = searches[0]
             draw_scales(row[2], first["scales"], first["kinds"])
             row[2].set_title(f"Scales ({first['arm']}, first seed)", loc="left")

@@ -57,6 +57,8 @@ DOCUMENTED = [
     "common.scales",
     "papers.dimaml.distributions",
     "papers.dimaml.model",
+    "papers.dimaml.objective",
+    "papers.dimaml.algorithm",
     "common.optimizers",
     "common.unroll",
     "data.text",

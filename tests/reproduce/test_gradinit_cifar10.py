@@ -22,7 +22,6 @@ from tests.reproduce.commands import records_of, whole_lines
 
 ARMS = EXPERIMENT.arms
 run_command = partial(commands.run_command, "gradinit_cifar10")
-pytestmark = pytest.mark.xdist_group("reproduce gradinit")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from tests.reproduce import commands
 from tests.reproduce.commands import records_of
 
 run_command = partial(commands.run_command, "gradinit_exactness")
-pytestmark = pytest.mark.xdist_group("reproduce gradinit")
 
 
 @pytest.fixture(scope="module")

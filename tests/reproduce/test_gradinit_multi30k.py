@@ -25,7 +25,6 @@ from tests.reproduce import commands
 from tests.reproduce.commands import records_of, whole_lines
 
 run_command = partial(commands.run_command, "gradinit_multi30k")
-pytestmark = pytest.mark.xdist_group("reproduce translation")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,6 @@ from tests.reproduce.commands import records_of, whole_lines
 run_command = partial(commands.run_command, "metainit_cifar10", "--epochs", "3")
 
 
-pytestmark = pytest.mark.xdist_group("reproduce")  # one worker, so that the complete run below is made once
-
-
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("complete") / "run"

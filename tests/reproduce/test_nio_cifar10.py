@@ -18,7 +18,6 @@ from tests.reproduce.commands import records_of, whole_lines
 ARMS = EXPERIMENT.arms
 NAMES = [arm.name for arm in ARMS]
 run_command = partial(commands.run_command, "nio_cifar10")
-pytestmark = pytest.mark.xdist_group("reproduce nio")
 
 
 @pytest.fixture(scope="module")

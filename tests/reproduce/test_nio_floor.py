@@ -18,7 +18,6 @@ from tests.reproduce import commands
 from tests.reproduce.commands import records_of
 
 run_command = partial(commands.run_command, "nio_floor")
-pytestmark = pytest.mark.xdist_group("reproduce nio")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,9 @@ def complete(tmp_path_factory) -> tuple[Path, str]:
 def test_a_run_leaves_its_folder(complete):
     folder, _ = complete
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "environment.json", "metrics.jsonl", "summary.json", "figure.png"}
+    assert names == {
+        "config.json", "environment.json", "metrics.jsonl", "summary.json", "figure.png", "scales.safetensors"
+    }  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     config = PRESETS["smoke"]
     assert list(summary["networks"]) == list(config.networks)

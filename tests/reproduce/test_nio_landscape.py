@@ -27,8 +27,6 @@ from reproduce.nio_schematic import make_panels
 from reproduce.nio_schematic import run as run_schematic
 from tests.reproduce.commands import records_of, run_command
 
-pytestmark = pytest.mark.xdist_group("reproduce nio landscape")
-
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory) -> tuple[Path, str]:

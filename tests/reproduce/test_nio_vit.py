@@ -36,7 +36,6 @@ from tests.reproduce import commands
 from tests.reproduce.commands import records_of
 
 run_command = partial(commands.run_command, "nio_vit")
-pytestmark = pytest.mark.xdist_group("reproduce nio vit")
 SMOKE = replace(PRESETS["smoke"], data="digits", device="cpu", quiet=True)
 SWIN = replace(SMOKE, model="swin", patch_size=4, depths=(1, 1))
 NAMES = [arm.name for arm in ARMS]
