@@ -116,6 +116,7 @@ def gradinit(
         DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> batch = torch.randn(6, 4), torch.randint(3, (6,))
         >>> result = gradinit(model, batches=[batch], steps=2, progress=False)
