@@ -23,7 +23,7 @@ test-slow: $(READY)
 
 check: $(READY)
 	$(RUN) -m ruff check .
-	$(RUN) -m ruff check --isolated --select F821 reproduce benchmarks data  # names; off elsewhere for jaxtyping's strings
+	$(RUN) -m ruff check --isolated --select F821 reproduce benchmarks  # names; off elsewhere for jaxtyping's strings
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	$(VENV)/bin/lint-imports
