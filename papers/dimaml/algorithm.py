@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -45,6 +44,7 @@ from common.tree import numel, tree_add, tree_map
 from common.types import Batch, NotFiniteError, Params, PureLoss, UserLoss
 from common.unroll import training_step
 from papers.dimaml.distributions import Family, Variant
+from papers.dimaml.files import ENTRY, fingerprint, write_whole
 from papers.dimaml.model import InitDistribution, Start, blocks_of
 from papers.dimaml.objective import evaluation_steps, loss_auc, meta_gradient
 
@@ -635,7 +635,6 @@ class _State:
     lost_in_a_row: int = 0
 
 
-_ENTRY = "learned-init"
 _FORMAT = "dimaml.checkpoint"
 _VERSION = 1
 
@@ -706,19 +705,7 @@ def _write(path: Path, state: _State, options: Mapping[str, Any], generator: tor
         "adam_steps": int(state.adam["step"]),
         "lost_in_a_row": state.lost_in_a_row,
     }
-    header["sha256"] = _digest(header, tensors)
-    content = save(tensors, {_ENTRY: json.dumps(header)})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    write_whole(path, header, tensors)
 
 
 def _read(path: Path, start: _State, options: Mapping[str, Any], generator: torch.Generator, *, most: int) -> _State:
@@ -729,13 +716,13 @@ def _read(path: Path, start: _State, options: Mapping[str, Any], generator: torc
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata[_ENTRY])
+        header = json.loads(metadata[ENTRY])
         kind, stated = (header["format"], header["version"]), header.pop("sha256")
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{refused}but it is damaged or of another kind ({error}). {remedy}") from error
     if kind != (_FORMAT, _VERSION):
         raise ValueError(f"{refused}but it is {kind[0]!r} of version {kind[1]!r}. {remedy}")
-    if stated != _digest(header, tensors):
+    if stated != fingerprint(header, tensors):
         raise ValueError(f"{refused}but its content is not what was written: the checksum differs. {remedy}")
     told, here = header["options"], json.loads(json.dumps(options))
     for key, value in here.items():
@@ -767,13 +754,3 @@ _MEANING = {
     "laws": ": other tensors have laws, or laws of another kind or number of pieces",
     "model": ": other shapes, or other values of what no law draws (tensors without one, frozen tensors, buffers)",
 }
-
-
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the header's other entries, and of every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

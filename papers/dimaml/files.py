@@ -20,7 +20,7 @@ from torch import Tensor
 
 from papers.dimaml.distributions import PLIF, Family, Normal
 
-_ENTRY = "learned-init"
+ENTRY = "learned-init"
 _FORMAT = "dimaml.InitDistribution"
 VERSION = 1
 
@@ -43,8 +43,13 @@ def write_distribution(path: Path, families: Mapping[str, Family], skipped: Mapp
         "families": {key: _description(family) for key, family in families.items()},
         "skipped": dict(skipped),
     }
-    header["sha256"] = _fingerprint(header, tensors)
-    content = save(tensors, {_ENTRY: json.dumps(header)})
+    write_whole(path, header, tensors)
+
+
+def write_whole(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors on the CPU under a header with a checksum, written beside and renamed: whole, or as it was before."""
+    stamped = {**header, "sha256": fingerprint(header, tensors)}
+    content = save(dict(tensors), {ENTRY: json.dumps(stamped)})
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -68,7 +73,7 @@ def read_distribution(path: Path) -> tuple[dict[str, Family], dict[str, str]]:
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise _refused(path, f"it is no whole safetensors file ({error})") from error
     try:
-        header = json.loads(metadata[_ENTRY])
+        header = json.loads(metadata[ENTRY])
         kind, version = header["format"], header["version"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _refused(path, "it has no header of a learned distribution") from error
@@ -78,7 +83,7 @@ def read_distribution(path: Path) -> tuple[dict[str, Family], dict[str, str]]:
         raise _refused(path, f"its version is {version!r}, and this is a reader of version {VERSION}")
     try:
         stated = header.pop("sha256")
-        if stated != _fingerprint(header, tensors):
+        if stated != fingerprint(header, tensors):
             raise ValueError("its content is not what was written: the checksum differs")
         families = {key: _family(key, said, tensors) for key, said in header["families"].items()}
         if tensors:
@@ -115,7 +120,7 @@ def _family(key: str, said: Mapping[str, Any], tensors: dict[str, Tensor]) -> Fa
     return Normal(**parts) if kind is Normal else PLIF(**parts, variant=said["variant"])
 
 
-def _fingerprint(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the header's other entries, and of every tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -22,7 +22,7 @@ from common.optimizers import SGD, adam, cosine, sgd
 from common.types import DerivativeError, NotFiniteError
 from common.unroll import training_step
 from data.text import sample_character_task
-from papers.dimaml import PLIF, InitDistribution, Normal, algorithm, dimaml, loss_auc, released_inner
+from papers.dimaml import PLIF, InitDistribution, Normal, algorithm, dimaml, files, loss_auc, released_inner
 from tests.mutation import fails, mutated
 from tests.papers.models import assert_same_state, mlp, state_of
 from tests.papers.networks import Tied, make, sequences
@@ -659,7 +659,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         if len(calls) == 2:
             raise OSError("no space left on device")
 
-    monkeypatch.setattr(algorithm.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     before = state_of(model)
     with pytest.raises(OSError, match="no space left"):
         dimaml(model, task_sampler=sampler, meta_steps=3, generator=seeded(1), checkpoint=path, **OPTIONS)

@@ -519,7 +519,7 @@ def check_files(module):
 
 
 FILE_MUTANTS = {
-    "checksum unread": ("if stated != _fingerprint(header, tensors):", "if False:"),
+    "checksum unread": ("if stated != fingerprint(header, tensors):", "if False:"),
     "checksum of the header alone": ("digest.update(value.reshape(-1)", "bytes(value.reshape(-1)"),
     "checksum of the tensors alone": ("json.dumps(header, sort_keys=True).encode()", "b''"),
     "version unread": ("if version != VERSION:", "if False:"),
@@ -567,7 +567,7 @@ def rewritten(path: Path, change) -> None:
     header = json.loads(header_of(path))
     header.pop("sha256")
     change(header, tensors)
-    header["sha256"] = files._fingerprint(header, tensors)
+    header["sha256"] = files.fingerprint(header, tensors)
     save_file(tensors, path, {"learned-init": json.dumps(header)})
 
 
