@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from common.batches import map_tensors, tensors_of
 from common.derivatives import tape
 from common.descent import trainable
 from common.options import check_whole
@@ -146,3 +147,38 @@ def meta_gradient(
         return L, d
     L_mirrored, d_mirrored = of_draw(mirrored=True)
     return (L + L_mirrored) / 2, tree_map(lambda leaf: leaf / 2, tree_add(d, d_mirrored))
+
+
+def losses_of_rows(loss: PureLoss, *, shared: bool) -> Callable[..., Float[Tensor, "r"]]:
+    r"""L(θ_i; B_i) for rows i of stacked weights, in one vectorised pass: several trainings side by side.
+
+    Their sum as a loss trains each row by itself, because no row's loss depends on another's weights.
+
+    Args:
+        loss: L, pure.
+        shared: Whether all rows see one batch, as it stands; else its tensors are stacked too, see `stack_batches`.
+
+    Returns:
+        (theta, batch, **options) ↦ one value a row. Under a seed, every row has dropout of its own.
+
+    Example:
+        >>> loss = lambda theta, x: (theta["w"] * x).square().mean()
+        >>> losses_of_rows(loss, shared=True)({"w": torch.tensor([1.0, 3.0])}, torch.tensor([1.0, 2.0]))
+        tensor([ 2.5000, 22.5000])
+    """
+
+    def losses(theta: Params, batch: Batch, **options: Any) -> Tensor:
+        def of_row(row: Params, *leaves: Tensor) -> Tensor:
+            pieces = iter(leaves)
+            return loss(row, batch if shared else map_tensors(lambda _: next(pieces), batch), **options)
+
+        stacks = [] if shared else tensors_of(batch)  # whatever else a batch holds is every row's
+        return torch.func.vmap(of_row, randomness="different")(theta, *stacks)
+
+    return losses
+
+
+def stack_batches(batches: Sequence[Batch]) -> Batch:
+    """Batches of one shape as one, a row each: every tensor stacked along a new first dimension."""
+    stacks = iter([torch.stack(leaves) for leaves in zip(*map(tensors_of, batches), strict=True)])
+    return map_tensors(lambda _: next(stacks), batches[0])

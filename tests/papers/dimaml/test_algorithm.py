@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from common.functional import parameters_of, pure_loss
+from common.functional import classification_loss, parameters_of, pure_loss
 from common.networks import Autoencoder, CharLSTM, FixupResNet18, reconstruction_loss
 from common.optimizers import SGD, adam, cosine, sgd
 from common.types import DerivativeError, NotFiniteError
 from common.unroll import training_step
 from data.text import sample_character_task
 from papers.dimaml import PLIF, InitDistribution, Normal, algorithm, dimaml, files, loss_auc, released_inner
+from papers.dimaml.objective import losses_of_rows
 from tests.mutation import fails, mutated
 from tests.papers.models import assert_same_state, mlp, state_of
-from tests.papers.networks import Tied, make, sequences
+from tests.papers.networks import NETWORKS, Tied, make, sequences
 
 QUIET = {"progress": False}
 
@@ -147,7 +148,7 @@ def compare(module, *, broken=(), seed=0, **told):
     base = {"N": 3, "V": [1, 3], "lr": 0.4, "meta_steps": 6, "meta_lr": 0.3}
     options = base | told
     sampler = separable_tasks(options["N"], options["V"], broken=broken)
-    psi, history = transcription(sampler, seed, **options)
+    psi, history = transcription(sampler, seed, **{key: value for key, value in options.items() if key != "vmap"})
     ours = {key: value for key, value in told.items() if key not in ("N", "V", "lr", "released", "b1", "b2")}
     if "b1" in told:
         ours["betas"] = (told["b1"], told["b2"])
@@ -187,6 +188,23 @@ def check_mini_meta_batch(module):
     # invariant 20: the mean over single calls
     compare(module, tasks=2, draws=2, meta_steps=2, clip=0.3)
     compare(module, tasks=2, antithetic=True, meta_steps=1)
+
+
+def check_side_by_side(module):
+    # invariant 20 again: in one vectorised unroll, of one task (whose batches all rows share) and of several
+    compare(module, vmap=True, draws=3, meta_steps=2, clip=0.3)
+    compare(module, vmap=True, tasks=2, draws=2, antithetic=True, meta_steps=2)
+    compare(module, vmap=True, tasks=2, first_order=True, meta_steps=2)
+
+
+def check_side_by_side_skips(module):
+    model, N, V = Separable(), 2, [2]
+    run = lambda broken: module.dimaml(
+        model, separable_loss, separable_tasks(N, V, broken=broken), inner=sgd(0.1), inner_steps=N, eval_every=2,
+        meta_steps=6, tasks=2, vmap=True, generator=seeded(), **QUIET,
+    )  # fmt: skip
+    skipped = [entry["skipped"] for entry in run((1, 4)).history]
+    assert 0 < sum(skipped) < 6  # one of two rows is not finite: neither is applied
 
 
 def check_first_order(module):
@@ -425,6 +443,8 @@ CHECKS = [
     check_default_clip,
     check_schedule,
     check_mini_meta_batch,
+    check_side_by_side,
+    check_side_by_side_skips,
     check_first_order,
     check_skipping,
     check_released_goes_on,
@@ -455,6 +475,7 @@ ADAM = "adam(lr, betas=(betas[0], betas[1]), eps=eps)"
 COUNT = "state.adam | {{'step': torch.tensor({})}})"
 MEAN = "lambda leaf: leaf / len(losses)"
 INNER = "seed=_seed(self.generator), first_order=self.first_order"
+ROW = "rows.append(own"
 LOST = "state.lost_in_a_row + 1 if lost else 0"
 MUTANTS = {
     "clip omitted": (check_plain, "G if clip is None else clip_norm(G, clip)", "G"),
@@ -483,6 +504,21 @@ MUTANTS = {
     "sum over draws and tasks": (check_mini_meta_batch, MEAN, "lambda leaf: leaf"),
     "mean over tasks alone": (check_mini_meta_batch, MEAN, "lambda leaf: leaf / self.tasks"),
     "gradient of the last draw": (check_mini_meta_batch, "G = d if G is None else tree_add(G, d)", "G = d"),
+    "mean instead of sum over rows": (
+        check_side_by_side, "losses(theta, batch, **options).sum()", "losses(theta, batch, **options).mean()"
+    ),
+    "sum held out": (
+        check_side_by_side, "held_out_losses(theta, batch).mean()", "held_out_losses(theta, batch).sum()"
+    ),
+    "rows of one noise": (check_side_by_side, ROW, f"self.generator.manual_seed(0)\n{20 * ' '}{ROW}"),
+    "rows not mirrored": (check_side_by_side, "self.generator, antithetic=mirrored", "self.generator"),
+    "rows of one task": (
+        check_side_by_side, "[part[k] for part in self.parts]", "[self.parts[0][k] for _ in self.parts]"
+    ),
+    "training loss of all rows": (check_side_by_side, 'state["loss"] / self.rows', 'state["loss"]'),
+    "never first order side by side": (
+        check_side_by_side, "first_order=self.first_order,\n        )\n        train,", ")\n        train,"
+    ),
     "loss of the last draw": (check_mini_meta_batch, "torch.stack(losses).mean()", "losses[-1]"),
     "last loss not scaled back": (check_plain, "append(value * self.evaluations)", "append(value)"),
     "training losses a step late": (check_plain, "        if t > 0:\n", "        if t > 1:\n"),
@@ -496,7 +532,9 @@ MUTANTS = {
     "masks held out": (check_dropout, "=make(),", "=lambda p, b, own=make(seed=0): own(p, b),"),
     "never first order": (check_first_order, INNER, INNER.replace("=self.first_order", "=False")),
     "always first order": (check_plain, INNER, INNER.replace("=self.first_order", "=True")),
-    "half applied": (check_skipping, 'return None, {}, str(error).removeprefix("unroll: ")', "continue"),
+    "no gradient is one of zero": (
+        check_skipping, "return None, {}, str(error)", "return tree_map(torch.zeros_like, laws.parameters()), {}, ''#"
+    ),
     "released does not zero": (check_infinite_entries, ZEROED, "return G, float(count)"),
     "released clips": (check_infinite_entries, ZEROED, ZEROED.replace("0.0), G)", "0.0), clip_norm(G, clip))")),
     "released for all": (check_skipping, 'if variant != "released":', "if False:"),
@@ -848,6 +886,85 @@ def test_other_networks(name):
     assert_same_state(model, before)
 
 
+def fixup_with_spread():
+    # trained a little, or every branch is zero and so are most derivatives
+    model = FixupResNet18(2, num_classes=3)
+    with torch.no_grad():
+        for leaf in model.parameters():
+            leaf += 0.1 * torch.randn(leaf.shape, generator=seeded())
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tied",
+        "attention",
+        "lstm",
+        "layer norm",
+        "group norm",
+        "batch norm",
+        "instance norm",
+        "weight norm",
+        "fixup",
+        "autoencoder",
+        "characters",
+    ],
+)
+def test_side_by_side_is_in_turn(name):
+    loss_fn, options = classification_loss, {"tasks": 2, "antithetic": True, "inner": sgd(0.05, momentum=0.9)}
+    x = torch.randn(6, 4, 3, 32, 32, generator=seeded())
+    y = torch.randint(3, (6, 4), generator=seeded())
+    if name == "fixup":
+        model, pool = fixup_with_spread(), [*zip(x[..., :8, :8], y, strict=True)]
+    elif name == "autoencoder":
+        model, loss_fn, pool = Autoencoder(32, width=2, code=3), reconstruction_loss, list(x)
+    elif name == "characters":
+        model = CharLSTM(5, embedding=3, hidden=4, dropout=0.0)
+        ids = torch.randint(5, (6, 4, 7), generator=seeded())
+        pool, options["inner"] = [(part[:, :-1], part[:, 1:]) for part in ids], adam(1e-2)
+    else:
+        model, _ = make(name)
+        pool = [NETWORKS[name][1](k) for k in range(6)]
+    tasks = [(pool[:2], pool[2:3]), (pool[3:5], pool[5:])]
+    run = lambda vmap: dimaml(
+        model, loss_fn, tasks, inner_steps=2, eval_every=2, meta_steps=2, meta_lr=1e-2, vmap=vmap,
+        generator=seeded(), **options, **QUIET,
+    )  # fmt: skip
+    in_turn, side_by_side = run(False), run(True)
+    assert_close(side_by_side.parameters(), in_turn.parameters(), rtol=1e-6, atol=1e-9)
+    for entry, expected in zip(side_by_side.history, in_turn.history, strict=True):
+        assert_close(entry, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_rows_side_by_side_have_dropout_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(0.5), nn.Linear(50, 3))
+    loss = pure_loss(model, seed=0)
+    theta = {name: torch.stack([leaf, leaf]) for name, leaf in parameters_of(model).items()}
+    once, again = (losses_of_rows(loss, shared=True)(theta, (X, Y), seed=7) for _ in range(2))
+    assert_close(once, again, rtol=0, atol=0)
+    assert abs(once[0] - once[1]) > 1e-3
+
+
+def test_a_layer_that_cannot_be_vectorised_is_refused():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if y.sum() > 0 else -y
+
+    model = Branching(4, 3)
+    before = state_of(model)
+    run = lambda **options: dimaml(
+        model, task_sampler=[GOOD], inner=sgd(0.1), inner_steps=2, eval_every=2, meta_steps=1, **options, **QUIET
+    )
+    with pytest.raises(
+        DerivativeError, match=r"with `vmap` every layer must be one that torch\.func\.vmap can follow.*vmap=False"
+    ):
+        run(vmap=True)
+    assert_same_state(model, before)
+    assert run().history[0]["skipped"] == 0
+
+
 def test_a_tied_tensor_has_one_law_and_stays_tied():
     model, _ = make("tied")
     result = dimaml(
@@ -956,6 +1073,8 @@ OTHER = nn.Linear(4, 3, dtype=torch.float64)
         ({"keep_every": 0}, ValueError, r"`keep_every` must be a whole number, 1 or more, got 0"),
         ({"truncate": -1}, ValueError, r"`truncate` must be a whole number, 0 or more, got -1"),
         ({"clip": 0.0}, ValueError, r"`clip` must be positive and finite, got 0\.0\. Pass None for no bound"),
+        ({"vmap": 2}, ValueError, r"`vmap` must be one of False, True, got 2"),
+        ({"vmap": True, "clip_adjoint": 1.0}, ValueError, r"bounds the adjoint of each.*Pass vmap=False"),
         ({"clip_adjoint": -1.0}, ValueError, r"`clip_adjoint` must be positive and finite, got -1\.0\. Pass None"),
         ({"meta_lr": -1.0}, ValueError, r"`meta_lr` must be finite, 0 or more, got -1\.0"),
         ({"meta_lr": math.nan}, ValueError, r"`meta_lr` must be finite, 0 or more, got nan"),
