@@ -29,7 +29,9 @@ class TrainingConfig:
     learning_rate: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
-    """Heavy-ball momentum, not Nesterov."""
+    """Of `sgd`."""
+    nesterov: bool = False
+    """Nesterov's momentum instead of the heavy ball's."""
     weight_decay: float = 1e-4
     """Coupled L2 penalty (decoupled for `adamw`), on every parameter but those of `no_decay`."""
     optimizer: Optimizer = "sgd"
@@ -44,6 +46,8 @@ class TrainingConfig:
     """(name pattern, factor) of parameters with a learning rate of their own; the first that fits counts."""
     warmup: float = 0.0
     """Share of all iterations over which the learning rate rises linearly from zero."""
+    drops: tuple[float, ...] = ()
+    """Shares of all iterations after which the learning rate is a tenth of what it was, whatever the schedule."""
     clip_norm: float | None = None
     """Bound on the gradient's global norm."""
     diverged_above: float | None = None
@@ -79,11 +83,13 @@ class TrainingResult:
 def learning_rate_at(step: int, total: int, config: TrainingConfig) -> float:
     """Linear warm-up over W steps, then the schedule, by iteration t with p = (t − W)/(total − W).
 
-    lr · (t + 1)/W, then lr · ½ (1 + cos π p), lr · (1 − p), lr, or lr · √(max(W, 1)/(t + 1)).
+    lr · (t + 1)/W, then lr · ½ (1 + cos π p), lr · (1 − p), lr, or lr · √(max(W, 1)/(t + 1)); each of `drops` that is
+    past divides it by ten.
     """
     warm = round(config.warmup * total)
+    peak = config.learning_rate * 0.1 ** sum(step >= round(share * total) for share in config.drops)
     if step < warm:
-        return config.learning_rate * (step + 1) / warm
+        return peak * (step + 1) / warm
     progress = (step - warm) / max(1, total - warm)
     factor = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
@@ -91,7 +97,7 @@ def learning_rate_at(step: int, total: int, config: TrainingConfig) -> float:
         "constant": 1.0,
         "inverse_sqrt": math.sqrt(max(warm, 1) / (step + 1)),
     }
-    return config.learning_rate * factor[config.schedule]
+    return peak * factor[config.schedule]
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -109,7 +115,9 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         for (factor, decay), members in groups.items()
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
+        return torch.optim.SGD(
+            parameters, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov
+        )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, lr=config.learning_rate, betas=config.betas)
 

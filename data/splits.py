@@ -108,6 +108,22 @@ class ImageData:
         note = subset_note(len(parts["train"]), len(parts["test"]), balanced=balanced)
         return replace(self, **parts, identity=self.identity + note)
 
+    def of_classes(self, count: int) -> "ImageData":
+        """The examples of the first `count` classes alone.
+
+        Raises:
+            ValueError: If there are fewer classes, or less than two are asked for.
+        """
+        if not 2 <= count <= self.num_classes:
+            raise ValueError(f"of_classes: `count` must lie between 2 and {self.num_classes}, got {count}.")
+        if count == self.num_classes:
+            return self
+        train, test = (split.take((split.labels < count).nonzero().flatten()) for split in (self.train, self.test))
+        note = f"; the first {count} classes, {len(train):,} train + {len(test):,} test"
+        return replace(
+            self, train=train, test=test, class_names=self.class_names[:count], identity=self.identity + note
+        )
+
     def resized(self, size: int) -> "ImageData":
         """The images shrunk to size × size, each new pixel the average of the area it covers.
 

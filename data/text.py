@@ -5,6 +5,7 @@ from the generator that is passed in.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from data.sources import VARIABLE, HubSet, Located, SourceUnavailableError, from_folder, locate
 
-TextName = Literal["auto", "ptb", "wikitext2", "pydoc"]
+TextName = Literal["auto", "ptb", "wikitext2", "pydoc", "stdlib"]
 
 CharacterBatch = tuple[Int64[Tensor, "b t"], Int64[Tensor, "b t"]]
 """Characters, and the character that follows each."""
@@ -37,7 +38,7 @@ class TextData:
     """A text in three parts, with its identity. Every line ends in a line feed.
 
     Attributes:
-        name: What was loaded: "ptb", "wikitext2" or "pydoc".
+        name: What was loaded: "ptb", "wikitext2", "pydoc" or "stdlib".
         train: The text to train on.
         validation: The text to choose by.
         test: The held-out text.
@@ -156,11 +157,11 @@ def load_text(
 
     Args:
         name: "ptb" (Penn Treebank, lower case) or "wikitext2" (raw, or where a folder holds it so, tokenised), which
-            never fall back to anything else; "pydoc", the documentation of CPython's own language, in English; "auto",
-            Penn Treebank or, where it cannot be had, "pydoc".
+            never fall back to anything else; "pydoc", the documentation of CPython's own language, in English;
+            "stdlib", the source code of some of its modules; "auto", Penn Treebank or, where it cannot be had, "pydoc".
         data_dir: A folder with `ptb/train-*.parquet`, `validation-*.parquet` and `test-*.parquet`, or `ptb.train.txt`,
             `ptb.valid.txt` and `ptb.test.txt` (`wiki.train.raw` or `wiki.train.tokens` and so on for "wikitext2"), or
-            that inner folder itself. Not used by "pydoc".
+            that inner folder itself. Not used by "pydoc" and "stdlib".
         train: At most this many characters, from the beginning. None: all.
         validation: At most this many characters, likewise.
         test: At most this many characters, likewise.
@@ -175,8 +176,8 @@ def load_text(
             raise ValueError(f"load_text: `{split}` must be at least 1 character, got {size}. None takes all.")
     if name not in get_args(TextName):
         raise ValueError(f"load_text: `name` must be one of {', '.join(get_args(TextName))}, got {name!r}.")
-    if name == "pydoc":
-        return _at_most(_pydoc(), sizes)
+    if name in ("pydoc", "stdlib"):
+        return _at_most(_pydoc() if name == "pydoc" else _stdlib(), sizes)
     wanted = TEXT_SETS["ptb" if name == "auto" else name]
     try:
         located = _locate(wanted, data_dir)
@@ -292,6 +293,36 @@ def _pydoc(*, instead_of: str = "", because: str = "") -> TextData:
         test="".join(test),
         identity=f"language documentation of CPython {platform.python_version()} (embedded{stand_in}), in English",
         source="embedded in CPython" + (f"; {instead_of} tried: {because}" if instead_of else ""),
+    )
+
+
+MODULES = ("argparse", "ast", "dataclasses", "difflib", "doctest", "inspect", "pickle", "tarfile", "typing", "zipfile")
+"""Whose source code "stdlib" is: large ones, half of them comments and documentation."""
+
+
+def _stdlib() -> TextData:
+    sources = {}
+    for module in MODULES:
+        spec = importlib.util.find_spec(module)
+        origin = None if spec is None else spec.origin
+        if origin is None or not origin.endswith(".py"):
+            raise FileNotFoundError(
+                f"load_text: 'stdlib' needs the source code of the module {module!r}, which this Python does not "
+                "carry. Take 'pydoc'."
+            )
+        sources[module] = Path(origin).read_text("utf-8")
+    lines = {module: [f"{line}\n" for line in source.splitlines()] for module, source in sources.items()}
+    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for own in lines.values():  # of every module the beginning trains, so that all splits hold all of them
+        train, held_out = _cut(own, 0.8)
+        validation, test = _cut(held_out, 0.5)
+        for split, part in zip(SPLITS, (train, validation, test), strict=True):
+            parts[split] += part
+    return TextData(
+        name="stdlib",
+        **{split: "".join(part) for split, part in parts.items()},
+        identity=f"source code of {len(MODULES)} modules of CPython {platform.python_version()} (embedded)",
+        source="embedded in CPython",
     )
 
 

@@ -1,0 +1,208 @@
+"""A run's processes: one alone writes into its folder, and others may share the work.
+
+Workers are started afresh (spawn), one unit of work at a time each; records come back to the process that started them,
+the only one to write `metrics.jsonl`. They end with it, however it ends.
+"""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+Record = dict[str, Any]
+Advance = Callable[[float], None]
+"""To be called with the share of the unit that is done since the last call."""
+Do = Callable[[Any, Advance], Record]
+"""Does one unit of work, and returns its record."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+_MISTAKES = (ValueError, TypeError, OSError)  # what a command ends with in one sentence
+
+
+# ---------------------------------------------------------------------------------------------- one writer
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """The run folder is this process's alone inside of the context.
+
+    The kernel holds the lock, on `metrics.jsonl`, and lets go of it when the process ends, by SIGKILL too: no lock is
+    ever left behind.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    with (folder / "metrics.jsonl").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"hold: a run folder must have one writer, got {folder}, in which another process is at work. "
+                "Wait for it or stop it, or give another folder."
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"hold: the file system of {folder} has no locks: see to it that no other process writes there.",
+                stacklevel=3,
+            )
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- who does the work
+class Here:
+    """This process does the work itself."""
+
+    def __init__(self, do: Do, advance: Advance) -> None:
+        self.do, self.advance = do, advance
+        self.unit: Any = None
+
+    @property
+    def has_room(self) -> bool:
+        return self.unit is None
+
+    @property
+    def is_busy(self) -> bool:
+        return self.unit is not None
+
+    def start(self, unit: Any) -> None:
+        self.unit = unit
+
+    def next_done(self) -> tuple[Any, Record]:
+        """A unit that was started, and its record."""
+        unit, self.unit = self.unit, None
+        return unit, self.do(unit, self.advance)
+
+    def everywhere(self, unit: Any) -> list[Record]:
+        """The unit's record from every process."""
+        return [self.do(unit, lambda _: None)]
+
+
+class Workers:
+    """Several processes do it, each with its share of this one's threads.
+
+    Args:
+        make: `make(k)`, called in worker k, gives what does the work there. To be pickled.
+        count: How many workers.
+        advance: Called in this process as units of work advance.
+    """
+
+    def __init__(self, make: Callable[[int], Do], count: int, advance: Advance) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.advance = advance
+        self.units: dict[Connection, Any] = {}
+        self.processes: dict[Connection, Any] = {}
+        threads = max(1, torch.get_num_threads() // count)
+        for index in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, partial(make, index), threads))
+            process.start()
+            theirs.close()  # or the end of the worker would go unnoticed
+            self.processes[ours] = process
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What is under way is given up: finished units are recorded, and trainings have their checkpoints."""
+        for connection, process in self.processes.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.units) < len(self.processes)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.units)
+
+    def start(self, unit: Any) -> None:
+        free = next(connection for connection in self.processes if connection not in self.units)
+        self._send(free, unit)
+
+    def next_done(self) -> tuple[Any, Record]:
+        """A unit that was started, and its record.
+
+        Raises:
+            ValueError: What a user can mend went wrong in a worker.
+            RuntimeError: Something else did, or the worker ended.
+        """
+        while True:
+            for connection in wait(list(self.units)):
+                assert isinstance(connection, Connection)
+                said, content = self._receive(connection)
+                if said == "advance":
+                    self.advance(content)
+                elif said == "done":
+                    return self.units.pop(connection), content
+                else:
+                    raise ValueError(content) if said == "mistake" else RuntimeError(content)
+
+    def everywhere(self, unit: Any) -> list[Record]:
+        """The unit's record from every process; all of them do it at the same time."""
+        records = []
+        for each in (None, unit):  # None: none begins before all are ready
+            for connection in self.processes:
+                self._send(connection, each)
+            records = [self.next_done()[1] for _ in self.processes]
+        return records
+
+    def _send(self, connection: Connection, unit: Any) -> None:
+        try:
+            connection.send(unit)
+        except BrokenPipeError as error:
+            raise self._lost(connection) from error
+        self.units[connection] = unit
+
+    def _receive(self, connection: Connection) -> tuple[str, Any]:
+        try:
+            return connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise self._lost(connection) from error
+
+    def _lost(self, connection: Connection) -> RuntimeError:
+        process = self.processes[connection]
+        process.join()
+        return RuntimeError(
+            f"Workers: a worker must live as long as the run, got exit status {process.exitcode} in the middle of it. "
+            "Was it killed for its memory? Everything finished is kept; fewer `processes` take less."
+        )
+
+
+def _work(connection: Connection, make: Callable[[], Do], threads: int) -> None:
+    """What a worker does: one unit after another, until it is ended. A unit None only makes it ready."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    do: Do | None = None
+    while True:
+        unit = connection.recv()
+        try:
+            do = do or make()
+            record = {} if unit is None else do(unit, lambda share: connection.send(("advance", share)))
+        except _MISTAKES as error:
+            connection.send(("mistake", str(error)))
+        except Exception:
+            connection.send(("error", f"Workers: a unit of work raised.\n{traceback.format_exc()}"))
+        else:
+            connection.send(("done", record))
+
+
+def _end_with_parent() -> None:
+    """An orphan would go on writing its checkpoint while the resumed run writes the same one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
