@@ -129,7 +129,7 @@ def from_hub(wanted: HubSet) -> Located:
         raise SourceUnavailableError("HF_HUB_OFFLINE is set")
     # read now as well as at the import of huggingface_hub, so that a mirror set by a notebook is used
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    obstacle = _probe(f"{endpoint}/api/datasets/{wanted.repository}")
+    obstacle = probe(f"{endpoint}/api/datasets/{wanted.repository}")
     if obstacle:
         raise SourceUnavailableError(f"{endpoint} {obstacle}")
     try:
@@ -163,12 +163,12 @@ def _whole_splits(wanted: HubSet, folder: Path) -> dict[str, tuple[Path, ...]] |
 def _parts(parent: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:
     for pattern in patterns:
         parts = tuple(sorted(path for path in parent.glob(pattern) if path.is_file()))
-        if _is_whole(parts):
+        if is_whole(parts):
             return parts
     return ()
 
 
-def _is_whole(parts: tuple[Path, ...]) -> bool:
+def is_whole(parts: tuple[Path, ...]) -> bool:
     # "train-00000-of-00002.parquet": a download cut off between parts must not be read as the set
     totals = {int(total) for path in parts for total in re.findall(r"-of-(\d+)", path.name)}
     return bool(parts) and totals <= {len(parts)}
@@ -181,7 +181,7 @@ def _contents(folder: Path) -> str:
     return (", ".join(names[:8]) + (", …" if len(names) > 8 else "")) or "nothing in it"
 
 
-def _probe(url: str) -> str | None:
+def probe(url: str) -> str | None:
     """Ask once, through the hub client's own proxies and certificates. Returns what is in the way, or None."""
     answers: queue.Queue[str | None] = queue.Queue()
 

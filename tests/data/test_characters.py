@@ -106,7 +106,7 @@ def test_the_hubs_own_layout(alone, tmp_path, monkeypatch, name):
         assert not any(fnmatch(wrong, pattern) for pattern in allow_patterns)
         return str(snapshot)
 
-    monkeypatch.setattr(sources, "_probe", lambda url: None)
+    monkeypatch.setattr(sources, "probe", lambda url: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     data = load_text(name)
     assert data.train.count("\n") == 3

@@ -63,7 +63,7 @@ def test_iwslt14_comes_from_the_hubs_conversion(alone, tmp_path, monkeypatch):
         assert all(any(fnmatch(f"de-en/{split}/0000.parquet", p) for p in allow_patterns) for split in SIZES)
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(sources, "_probe", lambda url: None)
+    monkeypatch.setattr(sources, "probe", lambda url: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     data = load_translation("iwslt14")
     assert data.train == tuple((row["de"], row["en"]) for row in some_rows("train"))
