@@ -1,0 +1,473 @@
+"""The comparison of initialisations end to end: complete, cut off and resumed, shared between processes, refused."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.networks import make_network
+from papers import METHODS
+from reproduce import arms, compare
+from reproduce.arms import Bench, Initialise, LoaderError, Stream, Train, honest, options_of, value_of
+from reproduce.compare import PRESETS, Budget, Plan, make_plan, order_of_work, parse_budget, run, slice_length
+from reproduce.processes import hold
+from tests.reproduce import commands
+
+SMOKE = replace(PRESETS["smoke"], device="cpu", quiet=True, charge=False)
+OF_A_CLOCK = {"seconds", "seconds_per_update"}
+run_command = partial(commands.run_command, "compare", "--no-charge")
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("complete") / "run"
+    done = run_command("--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture
+def single() -> None:
+    """In the precision of a command."""
+    torch.set_default_dtype(torch.float32)
+
+
+def numbers_of(folder: Path) -> list[dict]:
+    """The records without what a clock put there, in an order of their own."""
+
+    def timeless(value, kind):
+        if isinstance(value, dict):
+            of_a_clock = OF_A_CLOCK | ({"updates"} if kind == "initialisation" else set())
+            return {key: timeless(item, kind) for key, item in value.items() if key not in of_a_clock}
+        return [timeless(item, kind) for item in value] if isinstance(value, list) else value
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return sorted((timeless(record, record["kind"]) for record in records), key=json.dumps)
+
+
+def records_of(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+
+
+# ---------------------------------------------------------------------------------------------- end to end
+def test_a_run_leaves_its_folder(complete):
+    folder, screen = complete
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "environment.json", "metrics.jsonl", "summary.json", "page.html", "results.csv",
+        *(f"weights-{arm}-{seed}.safetensors" for arm in ("kaiming", "lsuv") for seed in (0, 1)),
+    }  # fmt: skip
+    (timing,) = records_of(folder, "timing")
+    assert timing["seconds_per_update"] > 0
+    starts, trainings = records_of(folder, "initialisation"), records_of(folder, "training")
+    assert [(r["seed"], r["arm"]) for r in starts] == [(s, a) for s in (0, 1) for a in ("kaiming", "lsuv")]
+    assert [(r["seed"], r["arm"], r["learning_rate"]) for r in trainings] == [
+        (seed, arm, rate) for seed in (0, 1) for arm in ("kaiming", "lsuv") for rate in (0.03, 0.1)
+    ]
+    for record in starts:
+        assert record["error"] is None
+        assert record["updates"] == pytest.approx(record["seconds"] / timing["seconds_per_update"])
+        layers = {layer["name"] for layer in record["layers"]}
+        assert layers == {"features.0", "features.2", "features.4", "classifier"}
+        assert all(layer["weight_norm"] > 0 and layer["gradient_norm"] > 0 for layer in record["layers"])
+    for record in trainings:
+        assert [entry["updates"] for entry in record["history"]] == [4, 8, 12]
+        assert record["updates"] == 12
+        assert record["charged_updates"] == 0
+        assert record["seconds"] == record["history"][-1]["seconds"] > record["history"][0]["seconds"]
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    assert summary["metric"] == "test_accuracy"
+    assert summary["comparisons"][0]["pairs"] == 2
+    assert "digits" in summary["data"]
+    assert all(len(line) <= 80 for line in screen.splitlines())
+    assert "trainings, " in screen
+
+
+def test_arms_begin_with_one_draw_and_see_the_same_batches(tmp_path, single, monkeypatch):
+    seen: dict[tuple, list] = {}
+    weights: dict[tuple, torch.Tensor] = {}
+    under_way: list[tuple] = []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def loss_fn(model, batch):
+        if under_way:
+            seen.setdefault(under_way[-1], []).append(batch[0].double().sum().item())
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def initialize(model, method, *_, **__):
+        weights[method, under_way[-1][1]] = next(model.parameters()).detach().clone()
+        return arms.InitResult({})
+
+    def do(self, unit, advance):
+        under_way.append((unit.arm, unit.seed) if hasattr(unit, "arm") else ("timing", 0))
+        seen.pop(under_way[-1], None)
+        return unit.do(self, advance)
+
+    monkeypatch.setattr(arms, "bring_loss", lambda *_: loss_fn)
+    monkeypatch.setattr(arms, "evaluate", lambda *_: {"test_loss": 1.0})
+    monkeypatch.setattr(arms, "layer_scales", lambda *_: [])
+    monkeypatch.setattr(arms, "initialize", initialize)
+    monkeypatch.setattr(Bench, "do", do)
+    run(replace(SMOKE, output=tmp_path / "run", learning_rates=(0.1,)))
+    for seed in (0, 1):
+        assert seen["kaiming", seed] == seen["lsuv", seed]
+        assert len(seen["kaiming", seed]) == 12
+        assert torch.equal(weights["kaiming", seed], weights["lsuv", seed])
+    assert seen["kaiming", 0] != seen["kaiming", 1]
+    assert not torch.equal(weights["kaiming", 0], weights["kaiming", 1])
+
+
+@pytest.mark.parametrize("failing", [2, 8, 15])  # at the 2nd evaluation of a training of 3, of another, at a last one
+def test_a_run_cut_off_in_a_training_is_resumed_to_the_same_numbers(complete, tmp_path, single, monkeypatch, failing):
+    evaluate, calls = arms.evaluate, []
+
+    def evaluate_or_fail(*args):
+        calls.append(args)
+        if len(calls) == failing:
+            raise RuntimeError("cut off")
+        return evaluate(*args)
+
+    monkeypatch.setattr(arms, "evaluate", evaluate_or_fail)
+    config = replace(SMOKE, output=tmp_path / "run")
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(config)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    finished = metrics.read_text("utf-8")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert bool(list((tmp_path / "run").glob("training-*.checkpoint"))) == (failing % 3 != 1)
+    run(config)
+    assert len(calls) == 1 + 24  # no evaluation but the failing one is made twice
+    assert metrics.read_text("utf-8").startswith(finished)
+    assert numbers_of(tmp_path / "run") == numbers_of(complete[0])
+    assert not list((tmp_path / "run").glob("*.checkpoint"))
+
+
+def test_a_run_asked_for_again_computes_nothing(complete, single, monkeypatch):
+    monkeypatch.setattr(Bench, "do", None)
+    before = (complete[0] / "metrics.jsonl").read_bytes()
+    run(replace(SMOKE, output=complete[0]))
+    assert (complete[0] / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_processes_give_the_same_numbers(complete, tmp_path):
+    done = run_command("--processes", "2", "--output", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert numbers_of(tmp_path / "run") == numbers_of(complete[0])
+
+
+def test_another_configuration_in_the_folder_is_refused(complete):
+    with pytest.raises(ValueError, match=r"same configuration to be resumed, got other values of optimizer"):
+        run(replace(SMOKE, optimizer="adam", output=complete[0]))
+
+
+def test_kept_weights_that_are_gone_are_asked_for(tmp_path, single, monkeypatch):
+    config = replace(SMOKE, methods=("kaiming",), seeds=1, output=tmp_path / "run")
+    monkeypatch.setattr(Train, "do", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(config)
+    monkeypatch.undo()
+    torch.set_default_dtype(torch.float32)
+    (tmp_path / "run" / "weights-kaiming-0.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"must be in the run folder, got no weights-kaiming-0\.safetensors"):
+        run(config)
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+def test_a_method_that_refuses_is_recorded_and_the_others_go_on(tmp_path, single, capsys):
+    run(replace(SMOKE, methods=("default", "tfixup"), seeds=1, learning_rates=(0.1,), output=tmp_path / "run"))
+    starts = {record["arm"]: record for record in records_of(tmp_path / "run", "initialisation")}
+    assert starts["default"]["error"] is None
+    assert "tfixup_: " in starts["tfixup"]["error"]
+    assert [record["arm"] for record in records_of(tmp_path / "run", "training")] == ["default"]
+    assert not (tmp_path / "run" / "weights-tfixup-0.safetensors").exists()
+    assert "tfixup_: " in capsys.readouterr().out  # the message, in the report
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_one_method_alone(tmp_path, single):
+    summary = run(replace(SMOKE, methods=("xavier",), output=tmp_path / "run"))
+    assert summary["comparisons"] == []
+    assert len(summary["arms"]["xavier"]["values"]) == 2
+
+
+def test_a_training_that_diverges_is_recorded(tmp_path, single):
+    config = replace(SMOKE, methods=("kaiming",), seeds=1, learning_rates=(0.1, 1e9), output=tmp_path / "run")
+    summary = run(config)
+    good, bad = records_of(tmp_path / "run", "training")
+    assert not good["diverged"]
+    assert bad["diverged"]
+    assert bad["history"][-1]["train_loss"] in ("nan", "inf")
+    assert summary["arms"]["kaiming"]["learning_rate"] == 0.1
+
+
+def test_nan_logits_have_no_accuracy():
+    assert math.isnan(honest({"test_loss": math.nan, "test_accuracy": 0.1})["test_accuracy"])
+    assert honest({"test_loss": math.inf, "test_accuracy": 0.1})["test_accuracy"] == 0.1
+    assert "test_accuracy" not in honest({"test_loss": math.nan})
+
+
+LOADERS = """
+import os, torch
+
+class Training(list):
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == 3 and os.path.exists({fault!r}):
+                raise OSError("the disk is gone")
+            yield batch
+
+def make():
+    generator = torch.Generator().manual_seed(0)
+    batch = lambda: (torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8) % 2)
+    return Training(batch() for _ in range(5)), [batch()]
+"""
+
+
+def test_a_loader_that_raises_ends_the_run_and_what_is_finished_is_kept(tmp_path, single, monkeypatch):
+    fault = tmp_path / "fault"
+    (tmp_path / "failing_loaders.py").write_text(LOADERS.format(fault=str(fault)), "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = replace(
+        SMOKE, data="failing_loaders:make", train_examples=None, test_examples=None, methods=("default", "gradinit"),
+        options=("gradinit.steps=9",), seeds=1, learning_rates=(0.1,), batch_size=None, output=tmp_path / "run",
+    )  # fmt: skip
+    initialize = arms.initialize
+
+    def with_a_fault(model, method, *args, **options):
+        if method == "gradinit":
+            fault.touch()
+        return initialize(model, method, *args, **options)
+
+    monkeypatch.setattr(arms, "TIMED_SECONDS", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "initialize", with_a_fault)
+        with pytest.raises(LoaderError, match=r"the disk is gone.* Everything finished is kept"):
+            run(config)
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8")
+    assert [json.loads(line)["kind"] for line in kept.splitlines()] == ["timing", "initialisation", "training"]
+    fault.unlink()
+    run(config)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").startswith(kept)
+    assert len(records_of(tmp_path / "run", "training")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ()}, "`methods` must name one or more, got none"),
+        ({"methods": ("kaiming", "lsuv", "kaiming")}, "`methods` must name each once, got 'kaiming' twice"),
+        ({"methods": ("../../etc",)}, r"`methods` must be among default, .*, got '../../etc'"),
+        ({"reference": "nio"}, "`reference` must be one of the methods compared, kaiming, lsuv, got 'nio'"),
+        ({"budget": "soon"}, "`budget` must be a positive number with a unit .* got 'soon'"),
+        ({"seeds": 0}, "`seeds` must be a whole number, 1 or more, got 0"),
+        ({"evaluations": 0}, "`evaluations` must be a whole number, 1 or more, got 0"),
+        ({"processes": 0}, "`processes` must be a whole number, 1 or more, got 0"),
+        ({"learning_rates": (0.1, 0.0)}, "`learning_rates` must be positive and finite, got 0.0"),
+        ({"learning_rates": (0.1, math.inf)}, "`learning_rates` must be positive and finite, got inf"),
+        ({"learning_rates": (0.1, 0.1)}, "`learning_rates` must differ"),
+        ({"train_examples": 0}, "`train_examples` must be a whole number, 1 or more, got 0"),
+        ({"clip_norm": -1.0}, "`clip_norm` must be positive and finite, got -1.0"),
+        ({"weight_decay": -1.0}, "`weight_decay` must lie between 0 and inf, got -1.0"),
+        ({"warmup": 1.5}, "`warmup` must lie between 0 and 1, got 1.5"),
+        ({"model_options": ("width",)}, "an option must read key=value, got 'width'"),
+        ({"options": ("lsuv.tolerance",)}, "an option must read METHOD.key=value, got 'lsuv.tolerance'"),
+        ({"options": ("tolerance=0.1",)}, "`options` must read METHOD.key=value, of a method that is compared"),
+        ({"options": ("nio.steps=3",)}, "of a method that is compared, got 'nio.steps=3'"),
+        ({"options": ("lsuv.steps=3",)}, "an option of 'lsuv' must be one of tolerance, .*got 'steps'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_any_data_is_loaded(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(compare, "Bench", None)
+    with pytest.raises(ValueError, match=message):
+        run(replace(SMOKE, output=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_asked_for_where_there_are_too_few(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="`processes` must leave a GPU to each, got 3 for 2"):
+        compare.check_config(replace(SMOKE, device="cuda", processes=3))
+    compare.check_config(replace(SMOKE, device="cuda", processes=2))
+
+
+# ---------------------------------------------------------------------------------------------- the budget
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2min", Budget(120, "seconds")),
+        ("90s", Budget(90, "seconds")),
+        ("0.5h", Budget(1800, "seconds")),
+        (" .5 hours ", Budget(1800, "seconds")),
+        ("3 epochs", Budget(3, "epochs")),
+        ("3epochs", Budget(3, "epochs")),
+        ("1 epoch", Budget(1, "epochs")),
+        ("500 updates", Budget(500, "updates")),
+    ],
+)
+def test_budgets_are_read(text, budget):
+    assert parse_budget(text) == budget
+
+
+@given(
+    amount=st.floats(1e-3, 1e6).map(lambda value: f"{value:.4f}") | st.integers(1, 10**6).map(str),
+    unit=st.sampled_from(
+        [("s", 1, "seconds"), ("min", 60, "seconds"), ("h", 3600, "seconds"), ("epochs", 1, "epochs")]
+    ),
+    space=st.sampled_from(["", " ", "  "]),
+)
+def test_every_amount_has_its_unit(amount, unit, space):
+    name, factor, kind = unit
+    assert parse_budget(f"{space}{amount}{space}{name}") == Budget(pytest.approx(float(amount) * factor), kind)
+
+
+@given(st.text(max_size=12).filter(lambda text: not re.search(r"\d\s*[a-z]", text)))
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(ValueError, match="`budget` must be a positive number with a unit"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize("text", ["0s", "0.0 epochs", "-2min", "2", "2 m", "2 weeks", "s", "1e3s", "nan s", "2min 3s"])
+def test_likely_mistakes_in_a_budget_are_refused(text):
+    with pytest.raises(ValueError, match="`budget` must be a positive number with a unit"):
+        parse_budget(text)
+
+
+def test_a_budget_becomes_updates():
+    timing = {"seconds_per_update": 0.25}
+    assert make_plan(replace(SMOKE, budget="1min"), timing, 30).budget == 240
+    assert make_plan(replace(SMOKE, budget="2.5 epochs"), timing, 30).budget == 75
+    assert make_plan(replace(SMOKE, budget="0.1 epochs"), timing, 30).budget == 3  # 0.1 · 30 = 3.0000000000000004 - ulp
+    assert make_plan(replace(SMOKE, budget="2 updates"), timing, 30).slices == 2  # not three evaluations
+    with pytest.raises(ValueError, match=r"`budget` must be worth an update at least, got 0.2s, with 0.25 s an update"):
+        make_plan(replace(SMOKE, budget="0.2s"), timing, 30)
+
+
+@given(budget=st.integers(1, 10_000), cost=st.floats(0, 20_000), slices=st.integers(1, 20))
+def test_a_cost_is_taken_off_to_the_nearest_update_a_slice(budget, cost, slices):
+    length = slice_length(budget, cost, slices)
+    left = max(0.0, budget - cost)
+    assert 0 <= length * slices <= budget
+    assert abs(length - left / slices) <= (0.5 if length < budget // slices else 1)
+    assert length >= slice_length(budget, cost + 1, slices)
+
+
+def test_a_charge_is_the_initialisers_and_at_most_the_budget():
+    unit = Train("lsuv", 0, 0.1, 0)
+    plan = Plan(seconds_per_update=0.5, budget=100, slices=5, charge=True)
+    assert plan.training(unit, {"updates": 30.4}) == replace(unit, slices=5, length=14, charged=30.4)
+    assert plan.training(unit, {"updates": 0.2}) == replace(unit, slices=5, length=20, charged=0.2)
+    assert plan.training(unit, {"updates": 1e4}) == replace(unit, slices=0, length=0, charged=100.0)
+    assert replace(plan, charge=False).training(unit, {"updates": 1e4}) == replace(unit, slices=5, length=20, charged=0)
+
+
+def test_a_learned_method_is_charged_by_updates_timed_around_it(tmp_path, single, monkeypatch):
+    bench = Bench(SMOKE, torch.device("cpu"), tmp_path, "test")
+    monkeypatch.setattr(arms, "initialize", lambda *_, **__: arms.InitResult({}))
+    clock, timings = iter([100.0, 130.0, 200.0, 230.0]), iter([2.0, 4.0])
+    monkeypatch.setattr(arms, "_now", lambda _: next(clock))
+    monkeypatch.setattr(arms, "seconds_per_update", lambda _: next(timings))
+    learned = Initialise("gradinit", 0, seconds_per_update=0.1).do(bench, lambda _: None)
+    assert (learned["seconds"], learned["seconds_per_update"], learned["updates"]) == (30.0, 3.0, 10.0)
+    ruled = Initialise("kaiming", 0, seconds_per_update=0.1).do(bench, lambda _: None)
+    assert (ruled["seconds"], ruled["seconds_per_update"]) == (30.0, 0.1)
+    assert ruled["updates"] == pytest.approx(300.0)
+
+
+def test_an_arm_that_spent_its_budget_is_evaluated_untrained(tmp_path, single, monkeypatch, capsys):
+    clock = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(arms, "_now", lambda _: float(next(clock)))  # a million seconds for each initialisation
+    run(replace(SMOKE, charge=True, seeds=1, learning_rates=(0.1,), output=tmp_path / "run"))
+    for record in records_of(tmp_path / "run", "training"):
+        assert (record["updates"], record["charged_updates"], record["diverged"]) == (0, 12.0, False)
+        assert len(record["history"]) == 1
+        assert 0 <= record["history"][0]["test_accuracy"] <= 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Not trained, as the initialisation took the whole budget: kaiming, lsuv. Give a larger --budget" in said
+
+
+def test_a_resumed_run_goes_by_the_charge_that_was_recorded(tmp_path, single, monkeypatch):
+    config = replace(SMOKE, charge=True, methods=("kaiming",), seeds=1, learning_rates=(0.1,), output=tmp_path / "run")
+    monkeypatch.setattr(Train, "do", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(config)
+    monkeypatch.undo()
+    torch.set_default_dtype(torch.float32)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    timing, start = map(json.loads, metrics.read_text("utf-8").splitlines())
+    changed = [timing | {"seconds_per_update": 1e-9}, start | {"updates": 6.3}]  # another clock's
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in changed), "utf-8")
+    run(config)
+    (training,) = records_of(tmp_path / "run", "training")
+    assert training["charged_updates"] == 6.3
+    assert training["updates"] == 6  # 5.7 left of 12, in three slices of 2
+
+
+# ---------------------------------------------------------------------------------------------- small parts
+def test_a_slice_is_the_same_wherever_a_training_begins(tmp_path, single):
+    bench = Bench(SMOKE, torch.device("cpu"), tmp_path, "test")  # 8 updates an epoch
+    whole = Stream(bench, 1, 5)
+    sums = [[batch[0].sum().item() for batch in whole(k)] for k in range(4)]
+    assert [len(part) for part in sums] == [5] * 4
+    assert len({value for part in sums for value in part}) == 20
+    for k in (3, 1):
+        assert [batch[0].sum().item() for batch in Stream(bench, 1, 5)(k)] == sums[k]
+    by_epoch = [batch[0].sum().item() for n in range(2) for batch in bench.data.train_batches(n, seed=1)]
+    assert by_epoch == [value for part in sums for value in part][:16]
+
+
+def test_order_of_work_compares_all_arms_seed_by_seed():
+    order = list(order_of_work(SMOKE))
+    assert [unit.seed for unit in order] == [0] * 6 + [1] * 6
+    assert order[:4] == [
+        Initialise("kaiming", 0), Train("kaiming", 0, 0.03, 0), Train("kaiming", 0, 0.1, 1), Initialise("lsuv", 0)
+    ]  # fmt: skip
+
+
+def test_options_are_read():
+    assert [value_of(text) for text in ("3", "1e-3", "True", "None", "(1, 2)", "'a'")] == [
+        3,
+        1e-3,
+        True,
+        None,
+        (1, 2),
+        "a",
+    ]
+    assert value_of("inf") == math.inf
+    assert value_of("adam") == "adam"
+    given = ["gradinit.step=adam", "nio.steps=3", "gradinit.eta=0.1"]
+    assert options_of("gradinit", given, "test") == {"step": "adam", "eta": 0.1}
+
+
+def test_names_of_files_stay_in_the_folder():
+    assert all(name.isidentifier() for name in METHODS)
+
+
+def test_presets_are_named_and_their_networks_exist():
+    assert all(config.preset == name for name, config in PRESETS.items())
+    for config in PRESETS.values():
+        compare.check_config(replace(config, device="cpu"))
+        make_network(config.model, num_classes=10)
+
+
+def test_a_run_whose_folder_is_held_is_refused(complete):
+    with hold(complete[0]), pytest.raises(ValueError, match="a run folder must have one writer"):
+        run(replace(SMOKE, output=complete[0]))
+
+
+def test_on_real_data(real_data, tmp_path, single):
+    config = replace(
+        SMOKE, data="cifar10", data_dir=real_data, methods=("default", "gradinit"), options=("gradinit.steps=2",),
+        seeds=1, learning_rates=(0.1,), output=tmp_path / "run",
+    )  # fmt: skip
+    summary = run(config)
+    assert "CIFAR-10" in summary["data"]
+    assert summary["comparisons"][0]["verdict"] == "one seed: no claim"

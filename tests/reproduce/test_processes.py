@@ -1,0 +1,128 @@
+"""One writer a run folder, and workers that share its work: what they do, what they say, and how they end."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from reproduce import processes
+from reproduce.processes import Workers, hold
+from tests.conftest import ROOT
+from tests.reproduce.commands import ENVIRONMENT
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with hold(tmp_path), pytest.raises(ValueError, match="a run folder must have one writer"), hold(tmp_path):
+        pass
+    with hold(tmp_path):
+        pass
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    code = (
+        "import sys, time, pathlib; from reproduce.processes import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match="another process is at work"), hold(tmp_path):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    with hold(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, number, goes_on):
+    def flock(*_):
+        raise OSError(number, "as the kernel says")
+
+    monkeypatch.setattr(processes.fcntl, "flock", flock)
+    if goes_on:
+        with pytest.warns(UserWarning, match="has no locks: see to it that no other process"), hold(tmp_path):
+            pass
+    else:
+        with pytest.raises(OSError, match="as the kernel says"), hold(tmp_path):
+            pass
+
+
+def make_do(index: int):
+    """Of a worker: says who it is, raises, ends, or works for ever."""
+
+    def do(unit, advance):
+        advance(0.5)
+        if unit == "mistake":
+            raise ValueError("a user's mistake")
+        if unit == "error":
+            raise KeyError("a bug")
+        if unit == "end":
+            os._exit(3)
+        if unit == "for ever":
+            time.sleep(600)
+        return {"index": index, "threads": torch.get_num_threads(), "pid": os.getpid()}
+
+    return do
+
+
+def test_workers_do_units_and_say_what_went_wrong():
+    advanced: list[float] = []
+    with Workers(make_do, 2, advanced.append) as workers:
+        assert [record["threads"] for record in workers.everywhere("who")] == [1, 1]
+        assert advanced == [0.5, 0.5]
+        assert workers.has_room
+        assert not workers.is_busy
+        workers.start("first")
+        workers.start("second")
+        assert not workers.has_room
+        done = dict(workers.next_done() for _ in range(2))
+        assert {done[unit]["index"] for unit in ("first", "second")} == {0, 1}
+        for unit, kind, message in (
+            ("mistake", ValueError, "a user's mistake"),
+            ("error", RuntimeError, r"a unit of work raised.\n(?s:.*)KeyError: 'a bug'"),
+            ("end", RuntimeError, "a worker must live as long as the run, got exit status 3"),
+        ):
+            workers.start(unit)
+            with pytest.raises(kind, match=message):
+                workers.next_done()
+            workers.units.clear()
+        ended = list(workers.processes.values())
+    assert not any(process.is_alive() for process in ended)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = (
+        "from reproduce.processes import Workers; from tests.reproduce.test_processes import make_do\n"
+        "if __name__ == '__main__':\n"
+        "    workers = Workers(make_do, 1, lambda _: None); print(workers.everywhere('who')[0]['pid'], flush=True)\n"
+        "    workers.start('for ever'); workers.next_done()\n"
+    )
+    (tmp_path / "parent.py").write_text(code, "utf-8")
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    deadline = time.monotonic() + 30
+    while _runs(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")  # one that nobody has waited for has ended all the same
+    return not (status.exists() and status.read_text("utf-8").rpartition(")")[2].split()[0] == "Z")
