@@ -1,0 +1,355 @@
+"""Examining a model: each number against its definition, what is found wrong with broken models, and the command."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from common.functional import classification_loss, parameters_of, pure_loss
+from common.initializers import torch_default_
+from common.layers import examine_layers
+from common.networks import make_network
+from papers.gradinit import look_ahead_loss
+from papers.metainit import gradient_quotient
+from papers.nio import grad_cosine, grad_sign, gradient_tensors, windows
+from reproduce.examine import (
+    GUARD_SECONDS,
+    STEPS,
+    Config,
+    Problem,
+    agreement_by_chance,
+    examine,
+    first_examples,
+    measure_agreement,
+    measure_look_ahead,
+    measure_quotient,
+    recorded,
+    run,
+    too_long,
+)  # fmt: skip
+from reproduce.examine_report import HEALTHY, findings_of, numbers, print_report, write_report
+from tests.conftest import ROOT
+from tests.reproduce.commands import ENVIRONMENT
+
+
+def images(generator: torch.Generator, size: int = 8, count: int = 8):
+    return torch.randn(count, 3, size, size, generator=generator), torch.arange(count) % 10
+
+
+def problem_of(model: nn.Module, batch) -> Problem:
+    return Problem(model, classification_loss, batch, examine_layers(model, classification_loss, batch))
+
+
+def gradients_by_loop(model: nn.Module, batch, groups) -> dict[str, torch.Tensor]:
+    """One gradient a group by autograd on the loss of its examples alone."""
+    names = gradient_tensors(model, "without_batch_norm")
+    params = dict(model.named_parameters())
+    rows = [
+        torch.autograd.grad(classification_loss(model, (batch[0][k], batch[1][k])), [params[n] for n in names])
+        for k in groups
+    ]
+    return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def whats(result: dict) -> str:
+    return "\n".join(finding["what"] for finding in result["findings"])
+
+
+# ---------------------------------------------------------------------------------------------- the numbers
+@pytest.mark.parametrize("memory", [1 << 30, 1])
+def test_the_gradient_quotient_is_metainit_s_whole_and_in_micro_batches(memory, monkeypatch, generator):
+    monkeypatch.setattr("reproduce.examine.MEMORY", memory)
+    model, batch = make_network("plain-3-2", activation="tanh"), images(generator)
+    problem = problem_of(model, batch)
+    assert problem.micro_batch == (None if memory > 1 else 1)
+    expected = gradient_quotient(pure_loss(model), parameters_of(model), batch)
+    assert measure_quotient(problem)["gradient_quotient"] == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 1])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_agreement_is_nio_s_and_gradsign_s(memory, batch_norm, monkeypatch, generator):
+    monkeypatch.setattr("reproduce.examine.MEMORY", memory)
+    model, batch = make_network("plain-3-2", batch_norm=batch_norm), images(generator)
+    groups = windows(8, 4) if batch_norm else [slice(k, k + 1) for k in range(8)]
+    g = gradients_by_loop(model, batch, groups)
+    own = measure_agreement(problem_of(model, batch))
+    assert (own["groups"], own["of"]) == ((4, "sub-batches") if batch_norm else (8, "examples"))
+    assert own["grad_cosine"] == pytest.approx(grad_cosine(g).item(), rel=1e-8)
+    assert own["floor"] == 0.0
+    live = sum(int((leaf != 0).any(0).sum()) for leaf in g.values())
+    if not batch_norm:  # signs of gradients that are rounding errors are not compared
+        assert own["grad_sign"] == grad_sign(g).item()
+        assert own["agreement"] == pytest.approx(grad_sign(g).item() / (8 * live))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_agreement_by_chance_is_the_mean_over_all_signs(n):
+    mean = sum(abs(sum(signs)) for signs in itertools.product((-1, 1), repeat=n)) / 2**n / n
+    assert agreement_by_chance(n) == pytest.approx(mean)
+
+
+def test_look_ahead_is_gradinit_s_at_every_length(generator):
+    model, batch = make_network("plain-3-2"), images(generator)
+    own = measure_look_ahead(problem_of(model, batch))
+    expected = [look_ahead_loss(pure_loss(model), parameters_of(model), batch, batch, eta=eta).item() for eta in STEPS]
+    assert own["losses"] == pytest.approx(expected, rel=1e-9)
+    assert own["loss"] == pytest.approx(classification_loss(model, batch).item())
+    assert own["best_loss"] == min(own["losses"])
+    assert own["learning_rate"] == pytest.approx(own["best_step"] / own["gradient_norm"])
+    assert 0.1 in STEPS
+
+
+def test_a_long_check_of_derivatives_is_left_out_unless_asked_for():
+    assert too_long(0.01, 16, "auto") is None
+    assert "about 8 minutes" in str(too_long(10.0, 16, "auto"))
+    assert too_long(10.0, 16, "always") is None
+    assert "never" in str(too_long(0.0, 16, "never"))
+    assert GUARD_SECONDS == 60.0
+
+
+def test_a_batch_is_cut_where_it_can_be():
+    x, y = first_examples((torch.zeros(5, 2), torch.zeros(5)), 3)
+    assert (len(x), len(y)) == (3, 3)
+    assert len(first_examples((torch.zeros(5, 2), torch.zeros(4)), 3)[0]) == 5
+
+
+# ---------------------------------------------------------------------------------------------- healthy models
+def vit(**options) -> VisionTransformer:
+    return VisionTransformer(8, 4, 2, 2, 16, 32, num_classes=10, **options)
+
+
+@pytest.mark.parametrize("name", ["plain-5-8", "plain-5-8-bn", "vit"])
+def test_a_healthy_model_has_no_findings(name, generator):
+    if name == "vit":
+        model = vit()
+        nn.init.normal_(model.heads.head.weight, std=0.02)
+    else:
+        model = make_network(name.removesuffix("-bn"), batch_norm=name.endswith("-bn"))
+    result = examine(model, batch=images(generator), num_classes=10, derivatives="always")
+    assert result["findings"] == []
+    assert result["refused"] == {}
+    assert result["chance"] == math.log(10)
+
+
+# ---------------------------------------------------------------------------------------------- broken models
+class Broken(nn.Module):
+    """Each thing once: a dead ReLU, a detached layer, one that is never called, one a hundred times too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 32), nn.Tanh())
+        self.gate, self.side, self.never, self.head = (nn.Linear(n, 32) for n in (192, 32, 32, 32))
+        with torch.no_grad():
+            self.gate.bias.fill_(-100.0)
+            self.body[3].weight.mul_(100)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.head(h + self.side(h).detach() + torch.relu(self.gate(x.flatten(1))))
+
+
+def test_what_is_wrong_with_a_broken_model(generator):
+    result = examine(Broken(), batch=images(generator), num_classes=32, derivatives="always")
+    found = whats(result)
+    assert "Activation in 'model' (relu after 'gate'): 100 % of its 32 units are zero for all 8 examples" in found
+    assert "because the loss never uses them: 'never.weight', 'never.bias'" in found
+    assert "although the forward pass uses them: 'side.weight', 'side.bias'" in found
+    assert "2 of 12 parameters receive a gradient of exactly 0: 'gate.weight', 'gate.bias'" in found
+    assert "In the way: activation in 'model' (relu after 'gate')" in found
+    assert "Layer 'body.3': its weights are 4" in found  # torch's own are 0.41 of He's
+    assert "differ from finite differences" in found  # a detached layer is a wrong derivative
+    assert len(result["findings"]) <= 8
+    tried = " ".join(finding["try"] for finding in result["findings"])
+    assert "Set the biases of 'gate' to 0" in tried
+    assert "Mend what is said above first" in tried
+
+
+def test_dead_units_explain_those_behind_them(generator):
+    model = make_network("plain-5-8")
+    with torch.no_grad():
+        model.features[4].bias.fill_(-50.0)
+    found = whats(examine(model, batch=images(generator), num_classes=10, derivatives="never"))
+    assert found.count("units are zero") == 1
+    assert "For that reason alone, so are those of activation 'features.7' (ReLU after 'features.6')" in found
+
+
+def test_a_zero_head_is_named(generator):
+    result = examine(vit(), batch=images(generator), num_classes=10, derivatives="never")
+    (finding,) = result["findings"]
+    assert "In the way: layer 'heads.head'." in finding["what"]
+    assert "A zero layer is often meant" in finding["try"]
+
+
+def test_saturation_scale_and_sharpness(generator):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 10))
+    with torch.no_grad():
+        flat[1].bias.fill_(50.0)
+    assert "100 % of its 16 units are saturated" in whats(examine(flat, batch=images(generator), derivatives="never"))
+    deep = make_network("plain-20-4")
+    torch_default_(deep, generator=generator)
+    assert "gradients at the outputs differ in scale by a factor of" in whats(
+        examine(deep, batch=images(generator), derivatives="never")
+    )
+    loud = make_network("plain-3-4")
+    with torch.no_grad():
+        for p in loud.parameters():
+            p.mul_(100)
+    found = whats(examine(loud, batch=images(generator), num_classes=10, derivatives="never"))
+    assert "beside the 2.3 of a guess among 10 classes" in found
+    assert "Weights are 95.5 times as large as He's rule makes them, in the median of 3 layers." in found
+    assert found.count("times as large as He's rule") == 1
+
+
+def test_a_loss_that_is_not_finite_ends_in_a_page(tmp_path, generator):
+    model = make_network("plain-3-2")
+    with torch.no_grad():
+        model.features[2].weight[0, 0, 0, 0] = math.nan
+    result = examine(model, batch=images(generator), num_classes=10)
+    assert "The loss is nan, and layer 'features.2' is the first whose output is not finite." in whats(result)
+    assert set(result["refused"]) == {"gradient quotient", "gradient agreement", "look-ahead", "derivatives"}
+    shown(result, tmp_path)
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * 2
+
+
+class Once(nn.Module):
+    def forward(self, x):
+        return OnceOnly.apply(x)
+
+
+def test_what_a_model_refuses_stands_with_its_reason(tmp_path, generator):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), Once(), nn.Tanh(), nn.Linear(8, 10))
+    result = examine(model, batch=images(generator), num_classes=10, derivatives="always")
+    assert "once_differentiable" in result["refused"]["gradient quotient"]
+    assert result["gradient quotient"] is None
+    assert result["look-ahead"]["best_loss"] < result["loss"]
+    assert "derivatives" in whats(result)
+    assert "Layer '2' (Once)" in whats(result)
+    assert next(value for name, value, _ in numbers(result) if name == "Gradient quotient").startswith("none: ")
+    assert "once_differentiable" in shown(result, tmp_path)
+
+
+def test_a_model_without_any_gradient(tmp_path, generator):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    result = examine(model, lambda m, b: classification_loss(m, b).detach(), images(generator), derivatives="never")
+    assert "no direction to step along" in result["refused"]["look-ahead"]
+    assert "One example or more has a gradient of exactly 0." in whats(result)
+    shown(result, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- the report
+ABOUT = {
+    "description": "m", "model": "m", "dataset": "d", "data": "some data", "device": "cpu", "method": None, "seed": 0,
+    "loss_function": None, "batch_size": 8,
+}  # fmt: skip
+
+
+def shown(result: dict, folder: Path) -> str:
+    """The page's text; the screen and the files are written too."""
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_report(console, ABOUT | result)
+    assert all(len(line) <= 80 for line in console.export_text().splitlines())
+    page = write_report(folder, ABOUT | result).read_text("utf-8")
+    json.dumps(recorded(ABOUT | result), allow_nan=False)
+    return page
+
+
+def test_the_page_says_what_is_healthy_of_every_number(tmp_path, generator):
+    result = examine(make_network("plain-3-2"), batch=images(generator), num_classes=10, derivatives="always")
+    page = shown(result, tmp_path)
+    assert page.count("<svg") == 2
+    assert {key for _, _, key in numbers(result)} <= HEALTHY.keys()
+    assert "No findings." in page
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "layers.csv").read_text("utf-8"))))
+    assert [row["name"] for row in rows] == [row["name"] for row in result["layers"]]
+    assert float(rows[0]["weight_norm"]) == result["layers"][0]["weight_norm"]
+
+
+def test_findings_are_a_function_of_the_record(tmp_path, generator):
+    result = examine(Broken(), batch=images(generator), num_classes=32, derivatives="never")
+    assert findings_of(json.loads(json.dumps(result))) == result["findings"]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+def run_examine(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "reproduce.examine", "--device", "cpu", "--quiet", *options],
+        cwd=folder, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_gpt2_on_characters_from_a_configuration(tmp_path):
+    pytest.importorskip("transformers")
+    config = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 128, "n_embd": 32, "n_layer": 2,
+        "n_head": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    done = run_examine(
+        tmp_path, "--model", "hf:config.json", "--data", "pydoc", "--batch-size", "4", "--output", "out",
+        "--derivatives", "never",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "No findings." in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "environment.json", "summary.json", "page.html", "layers.csv"
+    }  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))
+    assert summary["loss"] == pytest.approx(summary["chance"], abs=0.5)
+    kinds = [row["kind"] for row in summary["layers"]]
+    assert kinds.count("Conv1D") == 2 * 4
+    assert kinds.count("NewGELUActivation") == 2
+    assert all(row["kaiming_ratio"] is not None for row in summary["layers"] if row["kind"] == "Conv1D")
+
+
+def test_a_user_s_model_and_a_method(tmp_path, generator):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def loud(num_classes=10, inputs=3072):\n"
+        "    model = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, num_classes))\n"
+        "    nn.init.normal_(model[3].weight, std=30.0)\n"
+        "    return model\n",
+        "utf-8",
+    )
+    own: dict = {}
+    exec((tmp_path / "mine.py").read_text("utf-8"), own)
+    assert "Layer '3': its weights are" in whats(examine(own["loud"](inputs=192), batch=images(generator)))
+    done = run_examine(
+        tmp_path, "--model", "mine:loud", "--data", "digits", "--batch-size", "8", "--derivatives", "never",
+        "--method", "kaiming", "--output", "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "No findings." in done.stdout
+    assert "initialised by kaiming" in (tmp_path / "out" / "page.html").read_text("utf-8")
+
+
+def test_a_mistake_is_told_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"`method` must be one of default, xavier.*got 'kaimingg'"):
+        run(Config(model="plain-3-2", method="kaimingg", output=tmp_path / "out"))
+    with pytest.raises(ValueError, match="`batch_size` must be 2 or more, to compare examples, got 1"):
+        run(Config(model="plain-3-2", batch_size=1, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
