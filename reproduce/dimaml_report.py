@@ -89,8 +89,12 @@ def summarise(records: Records, shown: Shown) -> dict[str, Any]:
         by_arm = {arm: [r for r in own if r["arm"] == arm] for arm in shown.arms}
         arms = {arm: _arm(records, shown) for arm, records in by_arm.items() if records}
         targets[target] = {"source": source, "arms": arms, "comparisons": list(_comparisons(arms))}
-    learned = [r for r in records if r["kind"] == "laws"]
-    return {"metric": shown.title, "targets": targets, "learning": [_learning(record) for record in learned]}
+    return {"metric": shown.title, "targets": targets, "learning": [_learning(r) for r in learnings(records)]}
+
+
+def learnings(records: Records) -> Records:
+    """The records of laws, in one order, whichever was finished first."""
+    return sorted((r for r in records if r["kind"] == "laws"), key=lambda r: (r["source"], r["family"]))
 
 
 def _arm(records: Records, shown: Shown) -> dict[str, Any]:
@@ -245,7 +249,7 @@ STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.
 
 def save_figure(path: Path, records: Records, summary: dict[str, Any], shown: Shown) -> None:
     """Above the trainings on each target, below the learning of each family of laws."""
-    laws = [record for record in records if record["kind"] == "laws"]
+    laws = learnings(records)
     columns = max(len(shown.pairs), len(laws))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * columns, 8.2), layout="constrained")
@@ -289,9 +293,10 @@ def draw_learning(axis: Axes, record: dict[str, Any], shown: Shown) -> None:
         steps = np.arange(1, len(values) + 1)
         axis.plot(steps, values, ".", color=colour, alpha=0.3, markersize=3)
         axis.plot(steps, running_mean(values), color=colour, label=label)
-    axis.set(xlabel="meta-step", ylabel="loss of the inner training")
+    axis.set(xlabel="meta-step", ylabel="loss of the inner trainings")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axis.set_title(f"{record['family']} on {shown.names[record['source']]}", loc="left", fontsize=9)
+    family = LABELS[f"dimaml-{record['family']}"]
+    axis.set_title(f"{family}, learned on {shown.names[record['source']]}", loc="left", fontsize=9)
     axis.legend(frameon=False, fontsize=7)
 
 
