@@ -1,6 +1,6 @@
 """What a differentiated training loop costs in time and memory, as ratios measured side by side in one run.
 
-    python -m benchmarks.unroll [--only memory time growth step naive largest]
+    python -m benchmarks.unroll [--only memory time growth step naive largest curve meta-batch]
 
 The inner loop is ordinary training (momentum) of a small convolutional auto-encoder with BatchNorm on noise; the outer
 loss is taken halfway and at the end. Three schemes differentiate it, all three through the same step:
@@ -10,39 +10,51 @@ loss is taken halfway and at the end. Three schemes differentiate it, all three 
     naive     one graph of everything
 
 Peak memory is that of fresh processes, above what each held before. Everything is float32, without TF32. Results go to
-`benchmarks/results/unroll-<device>.json`.
+`benchmarks/results/unroll-<device>.json`, from which `docs/dimaml_memory.png` is drawn.
+
+The section meta-batch compares four trainings of a meta-step side by side, under vmap, with the same four in turn, for
+the auto-encoder and for a small character LSTM.
 """
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib as mpl
 import torch
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import compare, compare_memory, peak_memory, run_sections
-from common.functional import parameters_of, pure_loss
-from common.optimizers import sgd
+from benchmarks.measure import RESULTS, compare, compare_memory, peak_memory, run_sections
+from common.functional import classification_loss, parameters_of, pure_loss
+from common.networks import CharLSTM
+from common.optimizers import Optimizer, adam, sgd
 from common.precision import full_precision
 from common.record import device_of
 from common.training import TrainingConfig, make_optimizer
-from common.types import Batch
+from common.types import Batch, UserLoss
 from common.unroll import OuterLoss, State, TrainingStep, training_step, unroll
+from papers.dimaml import dimaml
+from reproduce.figures import log_scale, save_png
 
-Section = Literal["memory", "time", "growth", "step", "naive", "largest"]
+Section = Literal["memory", "time", "growth", "step", "naive", "largest", "curve", "meta-batch"]
 Scheme = Literal["ours", "segments", "naive"]
+FIGURE = Path(__file__).parents[1] / "docs" / "dimaml_memory.png"
 BUDGET = 4 * 2**30
 """Bytes of the section largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    only: tuple[Section, ...] = ("memory", "time", "growth", "step", "naive", "largest")
+    only: tuple[Section, ...] = ("memory", "time", "growth", "step", "naive", "largest", "curve", "meta-batch")
     """Which measurements to make."""
     steps: int = 400
     """N of the sections memory, time and growth (which also takes 4 N)."""
@@ -50,16 +62,20 @@ class Config:
     """N of the section naive."""
     batch_size: int = 32
     """Examples of an inner batch."""
-    intervals: tuple[int, ...] = (2, 4, 8)
+    intervals: tuple[int, ...] = (2, 4, 8, 16)
     """m of the segments, among which the best in memory is looked for."""
     counts: tuple[int, ...] = (36, 100)
     """N at which the section largest measures the schemes that grow with √N; the naive one at a quarter of each."""
+    lengths: tuple[int, ...] = (16, 64, 256, 1024)
+    """N at which the section curve measures the peaks of each scheme; the naive one up to 256."""
+    meta_batch_steps: int = 20
+    """N of the section meta-batch."""
     rounds: int = 3
     """Rounds of each comparison of times; peaks, which hardly vary, are measured once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
     save: bool = True
-    """Write the results file."""
+    """Write the results file, and draw the figure from it."""
     child: str = ""
     """Used by this program itself: the scheme, N, m and batch size whose peak memory a fresh process measures."""
 
@@ -280,6 +296,53 @@ def section_largest(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
+LONGEST_NAIVE = 256
+
+
+def section_curve(config: Config, device: torch.device) -> dict[str, Any]:
+    """Peak of one meta-gradient by N, against segments at their best interval and against one graph of everything."""
+    rows = {}
+    for N in config.lengths:
+        m = best_interval(config, N, device)
+        one = child("ours", N, 0, config)
+        rows[f"N = {N}, against segments"] = peaks(device, one, child("segments", N, m, config)) | {"interval": m}
+        if N <= LONGEST_NAIVE:
+            rows[f"N = {N}, against naive"] = peaks(device, one, child("naive", N, 0, config))
+    return rows
+
+
+def section_meta_batch(config: Config, device: torch.device) -> dict[str, Any]:
+    """Time of a meta-step over four draws side by side, against the same four in turn."""
+    N, generator = config.meta_batch_steps, torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    images = torch.randn(N + 1, config.batch_size, 3, 32, 32, generator=generator).to(device)
+    text = torch.randint(50, (N + 1, 16, 33), generator=generator).to(device)
+    pairs = [(ids[:, :-1], ids[:, 1:]) for ids in text]
+    problems: dict[str, tuple[nn.Module, UserLoss, Sequence[Any], Optimizer]] = {
+        f"auto-encoder, batch {config.batch_size}": (
+            autoencoder().to(device), reconstruction, list(images), sgd(0.01, momentum=0.9)
+        ),
+        "character LSTM, 64 channels, 16 windows of 32": (
+            CharLSTM(50, embedding=32, hidden=64).to(device), classification_loss, pairs, adam(1e-3)
+        ),
+    }  # fmt: skip
+
+    def meta_step(problem: tuple[nn.Module, UserLoss, Sequence[Any], Optimizer], vmap: bool) -> object:
+        model, loss_fn, batches, inner = problem
+        task = list(batches[:N]), list(batches[N:])
+        return dimaml(
+            model, loss_fn, [task], inner=inner, inner_steps=N, eval_every=N, meta_steps=1, draws=4, vmap=vmap,
+            progress=False,
+        )  # fmt: skip
+
+    return {
+        f"four draws, N = {N}, {label}": compare(
+            partial(meta_step, problem, True), partial(meta_step, problem, False), config.rounds, device
+        )
+        for label, problem in problems.items()
+    }
+
+
 SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
     "memory": section_memory,
     "time": section_time,
@@ -287,7 +350,41 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
     "step": section_step,
     "naive": section_naive,
     "largest": section_largest,
+    "curve": section_curve,
+    "meta-batch": section_meta_batch,
 }
+
+
+# ---------------------------------------------------------------------------------------------- the figure
+def save_figure(path: Path, section: Mapping[str, Any]) -> None:
+    """Peak memory against N of the three schemes, from the section curve of a results file."""
+    points: dict[str, dict[int, float]] = {"ours": {}, "segments": {}, "naive": {}}
+    for label, row in section["results"].items():
+        head, other = label.split(", against ")
+        N = int(head.removeprefix("N = "))
+        points["ours"][N] = row["megabytes"]
+        points[other][N] = row["reference_megabytes"]
+    styles = {
+        "naive": ("0.5", "--", "naive: one graph of everything"),
+        "segments": ("#ff7f0e", "-.", "segments, at their best interval"),
+        "ours": ("#1f77b4", "-", "ours: one step's graph at a time"),
+    }
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6.2, 4), layout="constrained")
+        axes = figure.subplots()
+        for scheme, (colour, line, label) in styles.items():
+            own = sorted(points[scheme].items())
+            axes.plot(*zip(*own, strict=True), marker="o", markersize=4, color=colour, linestyle=line, label=label)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        log_scale(axes)
+        axes.set(xlabel="N, inner steps", ylabel="peak memory of a meta-gradient, MB")
+        axes.set_title(
+            f"A small convolutional auto-encoder, batch 32. {section['machine']}, torch {section['torch']}", fontsize=8,
+            loc="left",
+        )  # fmt: skip
+        axes.legend(frameon=False)
+        save_png(figure, path, dpi=130)
 
 
 def main() -> None:
@@ -301,6 +398,9 @@ def main() -> None:
         check_equals(device)
         sections = {name: partial(SECTIONS[name], config, device) for name in config.only}
         run_sections(sections, "unroll", device, save=config.save)
+        if config.save and "curve" in config.only:
+            results = json.loads((RESULTS / f"unroll-{device.type}.json").read_text("utf-8"))
+            save_figure(FIGURE, results["curve"])
 
 
 if __name__ == "__main__":

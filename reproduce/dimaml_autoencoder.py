@@ -65,10 +65,10 @@ PRESETS = {
         evaluations=10, metainit_steps=2, metainit_batch_size=4, processes=1,
     ),
     "quick": Config(
-        preset="quick", image_size=32, train_images=4000, held_out_images=1000, test_images=1000, width=16, code=32,
-        inner_steps=60, first_evaluation=20, eval_every=10, meta_steps=60, meta_lr_normal=2e-3, meta_lr_plif=3e-2,
-        draws=1, antithetic=False, batch_size=32, held_out_batch_size=64, seeds=5, updates=40, evaluations=10,
-        metainit_steps=50, metainit_batch_size=16,
+        preset="quick", image_size=32, train_images=4000, held_out_images=1000, test_images=1000, width=8, code=32,
+        learning_rate=0.03, inner_steps=80, first_evaluation=20, eval_every=20, task_epochs=2, meta_steps=60,
+        meta_lr_normal=1e-3, meta_lr_plif=1e-2, draws=1, antithetic=False, batch_size=32, held_out_batch_size=64,
+        seeds=5, updates=40, evaluations=10, metainit_steps=50, metainit_batch_size=16,
     ),
     "paper": Config(
         preset="paper", inner_steps=600, first_evaluation=200, eval_every=50, meta_steps=3000, meta_lr_normal=1e-4,

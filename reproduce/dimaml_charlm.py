@@ -73,8 +73,8 @@ PRESETS = {
         metainit_steps=2, metainit_batch_size=2, test_characters=400, test_streams=8, processes=1,
     ),
     "quick": Config(
-        preset="quick", embedding=32, hidden=64, length=32, learning_rate=5e-3,
-        inner_steps=40, first_evaluation=10, eval_every=10, meta_steps=50, meta_lr_normal=5e-3, meta_lr_plif=3e-2,
+        preset="quick", embedding=32, hidden=64, length=24, learning_rate=5e-3,
+        inner_steps=30, first_evaluation=10, eval_every=10, meta_steps=40, meta_lr_normal=8e-3, meta_lr_plif=5e-2,
         draws=2, antithetic=False, batch_size=16, held_out_batch_size=16, seeds=5, updates=30, evaluations=10,
         metainit_steps=50, metainit_batch_size=4, test_characters=100_000, test_streams=64,
     ),

@@ -21,7 +21,8 @@ def paired_interval(
     differences = np.subtract(after, before)
     if len(differences) < 2:
         return -math.inf, math.inf
-    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # no spread to estimate from: the interval is the point
+    # no spread to estimate from, but for round-off: the interval is the point itself
+    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():
         return float(differences[0]), float(differences[0])
     interval = stats.ttest_1samp(differences, 0.0).confidence_interval(confidence)
     return float(interval.low), float(interval.high)
