@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: metainit gradinit nio test test-slow check benchmark supported clean
+.PHONY: metainit gradinit nio test test-slow check benchmark supported docs linkcheck clean
 metainit: $(READY)
 	$(RUN) -m reproduce.metainit_cifar10 $(ARGS)
 
@@ -36,6 +36,14 @@ benchmark: $(READY)
 
 supported: $(READY)
 	$(RUN) -m benchmarks.supported $(ARGS)
+
+# The checkout is the source folder, so that the READMEs are pages where they stand.
+docs: $(READY)
+	$(RUN) -m sphinx -W --keep-going -c docs -d docs/_build/trees $(ARGS) . docs/_build/html
+
+# External links, over the network; the tests check all others.
+linkcheck: $(READY)
+	$(RUN) -m sphinx -b linkcheck -c docs -d docs/_build/trees $(ARGS) . docs/_build/linkcheck
 
 clean:
 	rm -rf $(VENV)
