@@ -115,9 +115,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         for (factor, decay), members in groups.items()
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov
-        )
+        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, lr=config.learning_rate, betas=config.betas)
 

@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from common.functional import load_parameters_
+from common.initializers import delta_orthogonal_
 from common.optimizers import Optimizer
 from common.options import check_positive, check_whole
 from common.precision import full_precision
@@ -28,7 +30,7 @@ from papers.dimaml import PLIF, InitDistribution, Normal, dimaml, evaluation_ste
 from papers.dimaml.distributions import Family
 from reproduce.command import begin, make_progress
 from reproduce.dimaml_report import LEARNED, Shown, print_report, save_figure, save_laws, summarise
-from reproduce.processes import Advance, Do, Here, Record, Workers, hold
+from reproduce.processes import Advance, Do, Here, Record, Workers
 
 FamilyName = Literal["normal", "plif"]
 TRUNCATED = 0.008
@@ -292,20 +294,34 @@ class Bench(ABC):
         }
 
 
-def released_start(law: Literal["normal", "uniform"], std: float, family: FamilyName, pieces: int) -> Family:
-    """Where the released experiments begin a tensor whose law is known: N(0, std²), or for PLIF U(−std, std) or N cut.
+def released_start(law: Literal["normal", "uniform"], scale: float, family: FamilyName, pieces: int) -> Family:
+    """Where the released experiments begin a tensor whose law is known.
 
-    Of the uniform law `std` is the bound, √3 larger than its deviation: as released.
+    Normal begins at N(0, scale²) for either law: of a uniform law `scale` is the bound, √3 larger than its deviation.
+    PLIF begins at U(−scale, scale), or at N(0, scale²) without its tails, stretched to the deviation `scale`, of which
+    the released code leaves 0.946.
 
     Example:
         >>> released_start("uniform", 0.5, "normal", 100), released_start("uniform", 0.5, "plif", 100)
         (Normal(mean=0, std=0.5), PLIF(pieces=100; mean 0, std 0.2887))
     """
     if family == "normal":
-        return Normal(0.0, std)
+        return Normal(0.0, scale)
     if law == "normal":
-        return PLIF.from_quantiles(torch.special.ndtri, pieces, TRUNCATED, moments=(0.0, 1.0), scale=std)
-    return PLIF.from_quantiles(lambda u: 2 * u - 1, pieces, 0.0, scale=std)
+        return PLIF.from_quantiles(torch.special.ndtri, pieces, TRUNCATED, moments=(0.0, 1.0), scale=scale)
+    return PLIF.from_quantiles(lambda u: 2 * u - 1, pieces, 0.0, scale=scale)
+
+
+def delta_orthogonal_convolutions_(model: nn.Module, generator: torch.Generator) -> None:
+    """As released: convolutions alone, transposed ones among them, with gain √2; all else stays as it is."""
+    others = {name: leaf.detach().clone() for name, leaf in model.named_parameters() if leaf.ndim != 4}
+    delta_orthogonal_(model, generator=generator, gain=2**0.5)
+    load_parameters_(model, others)
+
+
+def held_out_of(images: int, wanted: int) -> int:
+    """How many of a source's images are held out: as many as wanted, and a fifth at most (the digits are few)."""
+    return min(wanted, max(1, images // 5))
 
 
 def of_several(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -343,25 +359,24 @@ def run(make: type[Bench], config: Any) -> dict[str, Any]:
     console = Console()
     device = device_of(config.device, make.name)
     folder = begin(make.name, config, console)
-    with hold(folder.folder):
-        bench = make(config, device, folder.folder)
-        data = bench.record()
-        write_environment(folder, data, device)
-        console.print(f"Data: {data['identity']}.")
-        console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
-        compute(bench, folder)
-        shown = bench.shown()
-        summary = summarise(folder.records, shown) | {"data": data["identity"], "device": device_name(device)}
-        save_figure(folder.folder / "figure.png", folder.records, summary, shown)
-        for record in folder.records:
-            if record["kind"] == "laws":
-                unit = Learn(record["source"], record["family"])
-                before, after = (InitDistribution.load(laws_path(folder.folder, k, unit)) for k in ("start", "laws"))
-                title = f"{make.name}, learned on {shown.names[unit.source]}"
-                save_laws(folder.folder / f"laws-{unit.source}-{unit.family}.png", before, after, title)
-        print_report(console, summary, shown)
-        folder.finish(summary)
-        console.print(f"Records, laws (*.safetensors) and figures: {folder.folder}")
+    bench = make(config, device, folder.folder)
+    data = bench.record()
+    write_environment(folder, data, device)
+    console.print(f"Data: {data['identity']}.")
+    console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    compute(bench, folder)
+    shown = bench.shown()
+    summary = summarise(folder.records, shown) | {"data": data["identity"], "device": device_name(device)}
+    save_figure(folder.folder / "figure.png", folder.records, summary, shown)
+    for record in folder.records:
+        if record["kind"] == "laws":
+            unit = Learn(record["source"], record["family"])
+            before, after = (InitDistribution.load(laws_path(folder.folder, k, unit)) for k in ("start", "laws"))
+            title = f"{make.name}, learned on {shown.names[unit.source]}"
+            save_laws(folder.folder / f"laws-{unit.source}-{unit.family}.png", before, after, title)
+    print_report(console, summary, shown)
+    folder.finish(summary)
+    console.print(f"Records, laws (*.safetensors) and figures: {folder.folder}")
     return summary
 
 

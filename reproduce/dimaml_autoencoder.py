@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.initializers import delta_orthogonal_, kaiming_
+from common.initializers import kaiming_
 from common.networks import Autoencoder, reconstruction_loss
 from common.optimizers import sgd
-from common.options import check_whole
+from common.options import check_positive, check_whole
 from common.training import TrainingConfig
 from common.types import Batch, UserLoss
 from data import ImageData, load_images, pixel_permutation, pixel_statistics, shuffle_pixels, standardise_pixels
@@ -26,7 +26,17 @@ from data.pixels import PixelStatistics
 from papers.dimaml import InitDistribution
 from papers.metainit import metainit
 from reproduce.command import end_well, parse
-from reproduce.dimaml import Bench, Learn, Learning, Options, Train, of_several, run
+from reproduce.dimaml import (
+    Bench,
+    Learn,
+    Learning,
+    Options,
+    Train,
+    delta_orthogonal_convolutions_,
+    held_out_of,
+    of_several,
+    run,
+)
 from reproduce.dimaml_report import LEARNED, Shown
 
 EXPERIMENT = "dimaml_autoencoder"
@@ -44,7 +54,7 @@ class Config(Options):
     train_images: int | None = None
     """Training images of each set, class-balanced; None: all."""
     held_out_images: int = 1000
-    """Further training images of the source, for the evaluations in V."""
+    """Further training images of the source, for the evaluations in V; a fifth of what there is at most."""
     test_images: int | None = None
     """Test images of each target; None: all."""
     width: int = 32
@@ -71,7 +81,8 @@ PRESETS = {
         seeds=5, updates=40, evaluations=10, metainit_steps=50, metainit_batch_size=16,
     ),
     "paper": Config(
-        preset="paper", inner_steps=600, first_evaluation=200, eval_every=50, meta_steps=3000, meta_lr_normal=1e-4,
+        preset="paper", image_size=32, held_out_images=10_000,
+        inner_steps=600, first_evaluation=200, eval_every=50, meta_steps=3000, meta_lr_normal=1e-4,
         meta_lr_plif=1e-4, draws=1, antithetic=False, batch_size=128, held_out_batch_size=256, seeds=10, updates=None,
         evaluations=100, metainit_steps=200, metainit_batch_size=128, processes=1,
     ),
@@ -128,7 +139,7 @@ class AutoencoderBench(Bench):
     @cached_property
     def held_out(self) -> Tensor:
         """Training images of the source that no inner training sees."""
-        return self.source_order[: self.config.held_out_images]
+        return self.source_order[: held_out_of(len(self.source_order), self.config.held_out_images)]
 
     @cached_property
     def source_order(self) -> Tensor:
@@ -138,7 +149,7 @@ class AutoencoderBench(Bench):
     @cached_property
     def sets(self) -> dict[str, Images]:
         source, target = self.loaded
-        train = self.source_order[self.config.held_out_images :]
+        train = self.source_order[len(self.held_out) :]
         h, w = target.train.images.shape[2:]
         order = pixel_permutation(h, w, generator=torch.Generator().manual_seed(0))
         plain = target.train.images.to(self.device), target.test.images.to(self.device)
@@ -211,7 +222,7 @@ class AutoencoderBench(Bench):
         elif unit.arm == "he":
             kaiming_(model, generator=generator)
         elif unit.arm == "delta-orthogonal":
-            delta_orthogonal_(model, generator=generator, gain=2**0.5)
+            delta_orthogonal_convolutions_(model, generator)
         elif unit.arm == "metainit":
             shape = (config.metainit_batch_size, *self.sets[unit.target].train.shape[1:])
             noise = images_of_noise(shape, generator, self.device)
@@ -262,11 +273,12 @@ def load_pair(config: Config) -> tuple[ImageData, ImageData]:
     name = {"auto": "auto", "images": "cifar10", "digits": "digits"}[config.data]
     target = load(name, train=config.train_images)
     source = load("digits" if target.name == "digits" else "tiny-imagenet", train=more)
-    wanted = config.held_out_images + config.batch_size * (config.inner_steps // config.task_epochs)
-    if len(source.train) < wanted:
+    left = len(source.train) - held_out_of(len(source.train), config.held_out_images)
+    if min(left, len(target.train)) < config.batch_size:
         raise ValueError(
-            f"{EXPERIMENT}: the source must have {wanted} training images, for one task and those held out, got "
-            f"{len(source.train)} of {source.identity}. Use fewer `inner_steps`, `held_out_images` or smaller batches."
+            f"{EXPERIMENT}: source and target must have a batch of {config.batch_size} training images, got {left} of "
+            f"{source.identity} besides those held out, and {len(target.train)} of {target.identity}. Use smaller "
+            "batches."
         )
     if config.image_size is None:
         return source, target
@@ -294,9 +306,13 @@ def images_of_noise(shape: tuple[int, ...], generator: torch.Generator, device: 
 def check_config(config: Config) -> None:
     check_whole(
         EXPERIMENT, smallest=1, held_out_images=config.held_out_images, task_epochs=config.task_epochs,
-        train_images=config.train_images or 1, test_images=config.test_images or 1, width=config.width,
-        code=config.code,
+        train_images=1 if config.train_images is None else config.train_images,
+        test_images=1 if config.test_images is None else config.test_images, code=config.code,
     )  # fmt: skip
+    check_positive(EXPERIMENT, learning_rate=config.learning_rate)
+    Autoencoder(
+        32 if config.image_size is None else config.image_size, width=config.width, code=config.code
+    )  # which says what it cannot be
     if config.inner_steps % config.task_epochs:
         raise ValueError(
             f"{EXPERIMENT}: `inner_steps` must be a multiple of `task_epochs`, got {config.inner_steps} and "

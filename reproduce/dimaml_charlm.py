@@ -19,6 +19,7 @@ from common.functional import classification_loss
 from common.initializers import kaiming_
 from common.networks import CharLSTM, bits_per_character
 from common.optimizers import adam
+from common.options import check_positive, check_whole
 from common.training import TrainingConfig
 from common.types import Batch, UserLoss
 from data import (
@@ -213,7 +214,9 @@ class CharacterBench(Bench):
         elif unit.arm == "orthogonal":  # as released: each recurrent gate, the rest as torch has it
             for layer in model.lstm:
                 for gate in layer.hh.layers():  # pyright: ignore
-                    nn.init.orthogonal_(gate.weight, generator=generator)
+                    drawn = torch.empty(gate.weight.shape)  # where the generator is, whatever the model's device
+                    with torch.no_grad():
+                        gate.weight.copy_(nn.init.orthogonal_(drawn, generator=generator))
         elif unit.arm == "metainit":
             vocabulary = len(self.corpora[unit.target].vocabulary)
             noise = random_characters(vocabulary, config.metainit_batch_size, config.length, generator, self.device)
@@ -233,7 +236,7 @@ class CharacterBench(Bench):
         if self.config.updates is not None:
             return self.config.updates
         # the fewest full windows that a pass with a random beginning can have
-        return (len(self.corpora[target].train) // self.config.batch_size - 1) // self.config.length - 1
+        return len(self.corpora[target].train) // self.config.batch_size // self.config.length - 1
 
     def recipe(self, model: nn.Module) -> tuple[UserLoss, TrainingConfig]:
         assert isinstance(model, CharLSTM)
@@ -248,6 +251,18 @@ class CharacterBench(Bench):
         assert isinstance(model, CharLSTM)
         ids = self.corpora[target].test[: self.config.test_characters]
         return {"bits_per_character": bits_per_character(model, batchify(ids, self.config.test_streams))}
+
+
+def check_config(config: Config) -> None:
+    """Mistakes that would otherwise show after the data are loaded, or laws are learned."""
+    check_whole(
+        EXPERIMENT, smallest=1, embedding=config.embedding, hidden=config.hidden, length=config.length,
+        test_characters=1 if config.test_characters is None else config.test_characters,
+        test_streams=config.test_streams,
+    )  # fmt: skip
+    check_positive(EXPERIMENT, learning_rate=config.learning_rate)
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"{EXPERIMENT}: `dropout` must lie in [0, 1), got {config.dropout}.")
 
 
 def load_pair(config: Config) -> tuple[TextData, TextData]:
@@ -273,7 +288,12 @@ def random_characters(
 
 
 def main() -> None:
-    end_well(lambda: run(CharacterBench, parse(PRESETS, __doc__ or "")))
+    def checked() -> None:
+        config = parse(PRESETS, __doc__ or "")
+        check_config(config)
+        run(CharacterBench, config)
+
+    end_well(checked)
 
 
 if __name__ == "__main__":

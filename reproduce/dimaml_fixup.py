@@ -17,18 +17,30 @@ import torch
 from torch import nn
 
 from common.functional import classification_loss
-from common.initializers import delta_orthogonal_, torch_default_
+from common.initializers import torch_default_
 from common.networks import FixupResNet18
 from common.networks.fixup import FixupBasicBlock
 from common.optimizers import sgd
-from common.options import check_whole
+from common.options import check_positive, check_whole
 from common.training import TrainingConfig, classification_metrics
 from common.types import Batch, UserLoss
 from data import ImageData, ImageSplit, evaluation_batches, load_images, sample_batches
 from papers.dimaml import InitDistribution
 from papers.metainit import metainit
 from reproduce.command import end_well, parse
-from reproduce.dimaml import Bench, FamilyName, Learn, Learning, Options, Train, of_several, released_start, run
+from reproduce.dimaml import (
+    Bench,
+    FamilyName,
+    Learn,
+    Learning,
+    Options,
+    Train,
+    delta_orthogonal_convolutions_,
+    held_out_of,
+    of_several,
+    released_start,
+    run,
+)
 from reproduce.dimaml_report import LEARNED, Shown
 
 EXPERIMENT = "dimaml_fixup"
@@ -48,11 +60,11 @@ class Config(Options):
     image_size: int | None = None
     """Images are shrunk to so many pixels a side; None: as they are."""
     classes: int | None = None
-    """So many of the target's classes, the first; None: all."""
+    """So many of the target's classes, the first; None, or more than it has: all."""
     train_images: int | None = None
     """Training images of the source, class-balanced; None: all."""
     held_out_images: int = 10_000
-    """Further training images of the source, for the evaluations in V: a fifth, as released."""
+    """Further training images of the source, for the evaluations in V; as released, a fifth of all, and never more."""
     width: int = 64
     """Channels of the first stage: as released."""
     learning_rate: float = 0.1
@@ -98,7 +110,8 @@ class FixupBench(Bench):
         """Of the source: what is trained on, and what is held out."""
         split = self.loaded[0].train
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-        held_out, train = order.split([self.config.held_out_images, len(order) - self.config.held_out_images])
+        count = held_out_of(len(order), self.config.held_out_images)
+        held_out, train = order[:count], order[count:]
         return split.take(train).to(self.device), split.take(held_out).to(self.device)
 
     @cached_property
@@ -172,7 +185,7 @@ class FixupBench(Bench):
     def start_baseline(self, model: nn.Module, unit: Train, generator: torch.Generator) -> None:
         config = self.config
         if unit.arm == "delta-orthogonal":
-            delta_orthogonal_(model, generator=generator, gain=2**0.5)
+            delta_orthogonal_convolutions_(model, generator)
         elif unit.arm == "metainit":  # as released: from torch's own start, not Fixup's
             torch_default_(model, generator=generator)
             shape = tuple(self.target.train.images.shape[1:])
@@ -222,12 +235,14 @@ def load_pair(config: Config) -> tuple[ImageData, ImageData]:
     source = load_images(name, data_dir=config.data_dir, train=more)
     target = load_images("digits" if source.name == "digits" else "tiny-imagenet", data_dir=config.data_dir)
     if config.classes is not None:
-        target = target.of_classes(config.classes)
-    if len(source.train) < config.held_out_images + config.batch_size:
+        target = target.of_classes(min(config.classes, target.num_classes))
+    held_out = held_out_of(len(source.train), config.held_out_images)
+    left = len(source.train) - held_out
+    if min(left, len(target.train)) < config.batch_size or held_out < config.held_out_batch_size:
         raise ValueError(
-            f"{EXPERIMENT}: the source must have a batch of {config.batch_size} images besides the "
-            f"{config.held_out_images} held out, got {len(source.train)} of {source.identity}. Set `held_out_images` "
-            "lower."
+            f"{EXPERIMENT}: source and target must have a batch of {config.batch_size} training images, and those held "
+            f"out be one of {config.held_out_batch_size}, got {left} and {held_out} of {source.identity}, and "
+            f"{len(target.train)} of {target.identity}. Use smaller batches."
         )
     if config.image_size is None:
         return source, target
@@ -245,9 +260,13 @@ def main() -> None:
 
 def check_config(config: Config) -> None:
     check_whole(
-        EXPERIMENT, smallest=1, held_out_images=config.held_out_images, train_images=config.train_images or 1,
-        width=config.width,
+        EXPERIMENT, smallest=1, held_out_images=config.held_out_images, width=config.width,
+        train_images=1 if config.train_images is None else config.train_images,
+        image_size=1 if config.image_size is None else config.image_size,
     )  # fmt: skip
+    check_positive(EXPERIMENT, learning_rate=config.learning_rate)
+    if config.clip_norm is not None:
+        check_positive(EXPERIMENT, " Pass None for no bound.", clip_norm=config.clip_norm)
     if config.classes is not None:
         check_whole(EXPERIMENT, smallest=2, classes=config.classes)
 

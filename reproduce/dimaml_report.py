@@ -101,17 +101,22 @@ def _arm(records: Records, shown: Shown) -> dict[str, Any]:
     """Values by part of the training and seed; infinite where a training diverged."""
     first = records[0]
     values = {part: {r["seed"]: _value(r, share, shown.metric) for r in records} for part, share in PARTS.items()}
-    over_seeds = {part: mean_and_deviation(list(own.values())) for part, own in values.items()}
+    over_seeds = {part: _over_seeds(list(own.values())) for part, own in values.items()}
     return {
         "seeds": [r["seed"] for r in records],
         "diverged": sum(r["diverged"] for r in records),
         "updates": [round(share * first["updates"] * first["evaluations"]) for share in PARTS.values()],
         "initialisation_seconds": mean_and_deviation([r["initialisation_seconds"] for r in records])[0],
         "values": values,
-        "extra": mean_and_deviation([_value(r, 1.0, shown.extra[0]) for r in records]) if shown.extra else None,
+        "extra": _over_seeds([_value(r, 1.0, shown.extra[0]) for r in records]) if shown.extra else None,
         "mean": {part: mean for part, (mean, _) in over_seeds.items()},
         "deviation": {part: deviation for part, (_, deviation) in over_seeds.items()},
     }
+
+
+def _over_seeds(values: list[float]) -> tuple[float, float]:
+    """Mean and deviation; of values that are not all finite an infinite mean without one."""
+    return mean_and_deviation(values) if np.isfinite(values).all() else (math.inf, math.nan)
 
 
 def _value(record: dict[str, Any], share: float, metric: str) -> float:
@@ -144,14 +149,16 @@ def _comparisons(arms: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]
 def _learning(record: dict[str, Any]) -> dict[str, Any]:
     losses = [float(entry["loss"]) for entry in record["history"]]
     tenth = max(1, len(losses) // 10)
+    finite = [[loss for loss in part if math.isfinite(loss)] for part in (losses[:tenth], losses[-tenth:])]
+    first, last = (float(np.mean(part)) if part else math.nan for part in finite)
     return {
         "source": record["source"],
         "family": record["family"],
         "laws": record["laws"],
         "meta_steps": len(losses),
         "skipped": sum(float(entry["skipped"]) for entry in record["history"]),
-        "first": float(np.nanmean(losses[:tenth])),
-        "last": float(np.nanmean(losses[-tenth:])),
+        "first": first,
+        "last": last,
         "seconds": record["seconds"],
     }
 
@@ -176,7 +183,7 @@ def print_report(console: Console, summary: dict[str, Any], shown: Shown) -> Non
             console.print("Diverged: " + ", ".join(f"{n} of {LABELS[arm]}" for arm, n in lost.items()) + ".")
     for own in summary["learning"]:
         seconds = "resumed" if own["seconds"] is None else f"{own['seconds']:.0f} s"
-        skipped = f", {own['skipped']:.0f} steps skipped" if own["skipped"] else ""
+        skipped = f", skipped: {own['skipped']:.0f}" if own["skipped"] else ""
         console.print(
             f"Learned {own['laws']} {own['family']} laws on {shown.names[own['source']]} in {own['meta_steps']} "
             f"meta-steps ({seconds}{skipped}): L_auc {own['first']:.3f} in the first tenth of them, {own['last']:.3f} "
@@ -187,7 +194,8 @@ def print_report(console: Console, summary: dict[str, Any], shown: Shown) -> Non
     note = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "A single seed"
     console.print(
         f"\n{note}; the laws were learned once, so that no spread of learning is in it. Lower is better. Differences: "
-        f"of pairs that share a seed, with their 95 % t-interval, each by itself; * where it leaves out 0. "
+        f"of pairs that share a seed and did not diverge, with their 95 % t-interval, each by itself; * where it "
+        f"leaves out 0. "
         f"{shown.differs}",
         style="dim",
     )

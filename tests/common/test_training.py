@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,62 @@ def test_every_other_wrong_schedule_is_caught(mutant):
         check_other_schedules(OTHER_SCHEDULES[mutant])
 
 
+def check_drops(learning_rate_at) -> None:
+    # 20 steps: a tenth from step 6 on, a hundredth from step 15 on
+    config = TrainingConfig(epochs=4, learning_rate=0.8, schedule="constant", drops=(0.3, 0.75))
+    rates = [learning_rate_at(step, 20, config) for step in range(20)]
+    assert rates == pytest.approx([0.8] * 6 + [0.08] * 9 + [0.008] * 5, rel=1e-12)
+    # after a warm-up, and with another schedule: 4 steps, then a line over 16, from half of all steps on a tenth of it
+    config = TrainingConfig(epochs=4, learning_rate=0.8, schedule="linear", warmup=0.2, drops=(0.5,))
+    line = [0.2, 0.4, 0.6, 0.8, *(0.8 * left / 16 for left in range(16, 0, -1))]
+    expected = [rate * (1 if step < 10 else 0.1) for step, rate in enumerate(line)]
+    assert [learning_rate_at(step, 20, config) for step in range(20)] == pytest.approx(expected, rel=1e-12)
+    # one within the warm-up counts there too
+    config = TrainingConfig(epochs=4, learning_rate=0.8, schedule="constant", warmup=0.2, drops=(0.1,))
+    rates = [learning_rate_at(step, 20, config) for step in range(5)]
+    assert rates == pytest.approx([0.2, 0.4, 0.06, 0.08, 0.08], rel=1e-12)
+    # 30/70 · 70 is not 30 in floating point: epochs 31 and 51 of 70 are the first at a lower rate
+    config = TrainingConfig(epochs=70, learning_rate=1.0, schedule="constant", drops=(30 / 70, 50 / 70))
+    for updates in (1, 7, 313):
+        at = [learning_rate_at(step, 70 * updates, config) for epoch in (30, 50) for step in
+              (epoch * updates - 1, epoch * updates)]  # fmt: skip
+        assert at == pytest.approx([1, 0.1, 0.1, 0.01], rel=1e-12)
+
+
+def dropped(rate):
+    """`learning_rate_at` without drops, times what they make of it: rate(step, total, drops)."""
+    return lambda step, total, config: (
+        learning_rate_at(step, total, replace(config, drops=())) * rate(step, total, config.drops)
+    )
+
+
+DROPS = {
+    "none": dropped(lambda step, total, drops: 1.0),
+    "a step late": dropped(lambda step, total, drops: 0.1 ** sum(step > round(s * total) for s in drops)),
+    "a step early": dropped(lambda step, total, drops: 0.1 ** sum(step + 1 >= round(s * total) for s in drops)),
+    "rounded down": dropped(lambda step, total, drops: 0.1 ** sum(step >= int(s * total * (1 - 1e-9)) for s in drops)),
+    "to a half": dropped(lambda step, total, drops: 0.5 ** sum(step >= round(s * total) for s in drops)),
+    "once": dropped(lambda step, total, drops: 0.1 if any(step >= round(s * total) for s in drops) else 1.0),
+    "at one step alone": dropped(lambda step, total, drops: 0.1 ** sum(step == round(s * total) for s in drops)),
+    "not in the warm-up": lambda step, total, config: learning_rate_at(
+        step, total, replace(config, drops=()) if step < config.warmup * total else config
+    ),
+    "of the steps after the warm-up": dropped(
+        lambda step, total, drops: 0.1 ** sum(step >= round(0.2 * total + s * 0.8 * total) for s in drops)
+    ),
+}
+
+
+def test_drops():
+    check_drops(learning_rate_at)
+
+
+@pytest.mark.parametrize("mutant", DROPS)
+def test_every_wrong_drop_is_caught(mutant):
+    with pytest.raises(AssertionError):
+        check_drops(DROPS[mutant])
+
+
 # ---------------------------------------------------------------------------------------------- the optimiser
 # names of make_model: 0 linear, 1 BatchNorm, 3 linear
 GROUPED = {"no_decay": ("1.*", "0.bias"), "lr_factors": (("3.bias", 0.1), ("*.bias", 0.5))}
@@ -181,6 +238,48 @@ def test_the_default_optimiser_is_one_group_of_plain_sgd():
     model = make_model()
     plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     assert make_optimizer(model, TrainingConfig(epochs=1)).state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_nesterovs_momentum_is_torchs(nesterov):
+    config = TrainingConfig(
+        epochs=2, learning_rate=0.03, momentum=0.8, nesterov=nesterov, weight_decay=0.2, schedule="constant",
+        lr_factors=(("*.bias", 0.5),),
+    )  # fmt: skip
+    model, twin = make_model(), make_model()
+    run(model, config)
+    leaves = dict(twin.named_parameters())
+    theirs = torch.optim.SGD(
+        [
+            {"params": [leaf for name, leaf in leaves.items() if not name.endswith("bias")], "lr": 0.03},
+            {"params": [leaf for name, leaf in leaves.items() if name.endswith("bias")], "lr": 0.015},
+        ],
+        momentum=0.8, nesterov=nesterov, weight_decay=0.2,
+    )  # fmt: skip
+    by_hand = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    v: dict[str, torch.Tensor] = {}
+    for batch in [batch for epoch in range(2) for batch in batches(epoch)]:
+        theirs.zero_grad()
+        classification_loss(twin, batch).backward()
+        for name, leaf in leaves.items():  # v ← 0.8 v + g; u = v, or g + 0.8 v
+            assert leaf.grad is not None
+            g = leaf.grad + 0.2 * by_hand[name]
+            v[name] = g if name not in v else 0.8 * v[name] + g
+            u = g + 0.8 * v[name] if nesterov else v[name]
+            by_hand[name] = by_hand[name] - (0.015 if name.endswith("bias") else 0.03) * u
+        theirs.step()
+    for name, leaf in model.named_parameters():
+        assert_close(leaf, leaves[name], rtol=1e-9, atol=1e-12)
+        assert_close(leaf.detach(), by_hand[name], rtol=1e-9, atol=1e-12)
+
+
+def test_nesterovs_momentum_is_another_training():
+    ends = []
+    for nesterov in (False, True):
+        model = make_model()
+        run(model, TrainingConfig(epochs=1, nesterov=nesterov))
+        ends.append(model[0].weight.detach())
+    assert (ends[0] - ends[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

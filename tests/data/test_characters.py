@@ -1,8 +1,10 @@
 """Character streams: the one reader on tiny corpora, vocabularies, windows, tasks, and mistakes that must be caught."""
 
 import hashlib
+import importlib
 import os
 from fnmatch import fnmatch
+from pathlib import Path
 
 import huggingface_hub
 import pyarrow as pa
@@ -202,7 +204,7 @@ def test_what_is_wrong_with_the_rows_is_said(tmp_path, table, message):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="`name` must be one of auto, ptb, wikitext2, pydoc, got 'enwik8'"):
+    with pytest.raises(ValueError, match="`name` must be one of auto, ptb, wikitext2, pydoc, stdlib, got 'enwik8'"):
         load_text("enwik8")
     with pytest.raises(ValueError, match=r"`test` must be at least 1 character, got 0. None takes all"):
         load_text("pydoc", test=0)
@@ -219,6 +221,39 @@ def test_pydoc_is_english_and_its_parts_share_no_paragraph():
     assert 'The "assert" statement' in " ".join(" ".join(parts).split())
     assert data.identity.startswith("language documentation of CPython 3")
     assert data.record()["sha256"] == load_text("pydoc").record()["sha256"]
+
+
+def test_stdlib_is_source_code_in_three_parts_of_every_module():
+    data = load_text("stdlib")
+    parts = [data.train, data.validation, data.test]
+    assert data.name == "stdlib"
+    assert data.identity.startswith(f"source code of {len(text.MODULES)} modules of CPython 3")
+    assert data.source == "embedded in CPython"
+    assert min(map(len, parts)) > 50_000
+    assert 0.75 < len(data.train) / sum(map(len, parts)) < 0.85
+    assert all(part.endswith("\n") for part in parts)
+    # of every module the first four fifths of its lines, the tenth after them, and the rest: no line is in two parts
+    expected: list[list[str]] = [[], [], []]
+    for name in text.MODULES:
+        lines = Path(importlib.import_module(name).__file__ or "").read_text("utf-8").splitlines()
+        train = round(0.8 * len(lines))
+        validation = train + round(0.5 * (len(lines) - train))
+        for part, own in zip(expected, (lines[:train], lines[train:validation], lines[validation:]), strict=True):
+            part += own
+    assert [part.split("\n")[:-1] for part in parts] == expected
+    assert data.record()["sha256"] == load_text("stdlib").record()["sha256"]
+    assert load_text("stdlib", train=1000).train == data.train[:1000]
+
+
+def test_stdlib_and_pydoc_are_of_different_characters():
+    one, other = (character_vocabulary(load_text(name).train) for name in ("pydoc", "stdlib"))
+    assert len(one) != len(other)
+
+
+def test_a_python_without_its_sources_is_told(monkeypatch):
+    monkeypatch.setattr(text, "MODULES", ("argparse", "sys"))
+    with pytest.raises(FileNotFoundError, match=r"'stdlib' needs the source code of the module 'sys', .* Take 'pydoc'"):
+        load_text("stdlib")
 
 
 def test_fewer_characters_are_the_first():

@@ -416,6 +416,24 @@ def test_subsets_differ_by_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_first_classes_alone():
+    data = tiny()
+    few = data.of_classes(2)
+    rows = [row for row in range(30) if row % 3 < 2]  # the labels are 0, 1, 2, 0, …
+    for split in (few.train, few.test):
+        assert torch.equal(split.images, data.train.images[rows])
+        assert split.labels.tolist() == [row % 3 for row in rows]
+    assert (few.num_classes, few.class_names) == (2, ("a", "b"))
+    assert (few.mean, few.std) == (data.mean, data.std)  # those of the whole set
+    assert few.identity == "tiny; the first 2 classes, 20 train + 20 test"
+    assert data.num_classes == 3
+    assert data.of_classes(3) is data
+    assert few.record()["sha256"] != data.record()["sha256"]
+    for count in (1, 4):
+        with pytest.raises(ValueError, match=f"of_classes: `count` must lie between 2 and 3, got {count}"):
+            data.of_classes(count)
+
+
 def test_resizing_averages_areas():
     # 6 × 4 to 2 × 2: each new pixel covers 3 × 2 old ones
     data = tiny()
