@@ -5,9 +5,11 @@
     metrics.jsonl      one line a finished unit of work; a line is whole or it is not there
     summary.json       written last: a folder without it is not a complete run
 
-A run that was cut off is opened again with the same configuration and goes on after its last whole line.
+A run that was cut off is opened again with the same configuration and goes on after its last whole line. Its folder is
+one process's alone as long as that works on it.
 """
 
+import errno
 import json
 import math
 import os
@@ -15,26 +17,35 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # on Windows: without locks
+    fcntl = None
+
 _PACKAGES = ("torch", "torchvision", "numpy", "datasets", "safetensors")
 _PROBE_BYTES = 1 << 20
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class Run:
-    """A run folder. Make one with `open_run`."""
+    """A run folder. Make one with `open_run`: no other process can then open it as long as the object lives."""
 
-    def __init__(self, folder: Path, records: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, records: list[dict[str, Any]], lock: "_Lock | None" = None) -> None:
         self.folder = folder
         self.records = records
+        self._lock = lock
 
     @property
     def is_complete(self) -> bool:
@@ -75,28 +86,19 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
             that run is resumed.
 
     Raises:
-        ValueError: The folder holds a run with another configuration, or something that is no run.
+        ValueError: The folder holds a run with another configuration, or something that is no run; or another process
+            is at work in it. This one may open it again.
         OSError: The folder cannot be written, or the disk is full; noticed before anything is computed.
     """
     folder = output or Path("runs") / experiment / f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
-    _check_writable(folder)
     wanted = _plain(config)
-    path = folder / "config.json"
-    if path.exists():
-        found = json.loads(path.read_text("utf-8"))
-        if found != wanted:
-            differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-            raise ValueError(
-                f"open_run: {folder} must hold a run with the same configuration to be resumed, got other values of "
-                f"{', '.join(differing)}. Give another folder, or repeat the options of the run that is there."
-            )
-        return Run(folder, _whole_lines(folder / "metrics.jsonl"))
-    if any(entry.name != "config.partial" for entry in folder.iterdir()):  # which a kill at the start may leave
-        raise ValueError(
-            f"open_run: {folder} must be empty or hold a run to be resumed, got other files. Give another folder."
-        )
-    _write_json(path, wanted)
-    return Run(folder, [])
+    _check_writable(folder)
+    _check_resumable(folder, wanted)  # before the lock, whose file must not be left in a folder that is refused
+    lock = _lock(folder)
+    _check_resumable(folder, wanted)  # another process may have begun a run in between
+    if not (folder / "config.json").exists():
+        _write_json(folder / "config.json", wanted)
+    return Run(folder, _whole_lines(folder / "metrics.jsonl"), lock)
 
 
 def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -> None:
@@ -174,6 +176,72 @@ def _check_writable(folder: Path) -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
+
+
+def _check_resumable(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """A run of that configuration, or nothing yet."""
+    path = folder / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        if found != wanted:
+            differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            raise ValueError(
+                f"open_run: {folder} must hold a run with the same configuration to be resumed, got other values of "
+                f"{', '.join(differing)}. Give another folder, or repeat the options of the run that is there."
+            )
+    elif not all(map(_is_of_a_start, folder.iterdir())):
+        raise ValueError(
+            f"open_run: {folder} must be empty or hold a run to be resumed, got other files. Give another folder."
+        )
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """What a process that is just beginning a run, or was killed at that, has in the folder."""
+    return path.name in ("config.partial", ".probe") or (path.name == "metrics.jsonl" and path.stat().st_size == 0)
+
+
+class _Lock:
+    """On a run folder: held until the object is gone, or the process, by SIGKILL too; none is ever left behind."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        weakref.finalize(self, file.close)
+
+
+_held: weakref.WeakValueDictionary[tuple[int, int], _Lock] = weakref.WeakValueDictionary()
+"""This process's locks, by device and inode of their files."""
+
+
+def _lock(folder: Path) -> _Lock | None:
+    """The folder is this process's alone; None where the system has no locks.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    if fcntl is None:
+        return None
+    file = (folder / "metrics.jsonl").open("ab")
+    status = os.fstat(file.fileno())
+    key = status.st_dev, status.st_ino
+    if (held := _held.get(key)) is not None:
+        file.close()
+        return held
+    lock = _Lock(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"open_run: a run folder must have one writer, got {folder}, in which another process is at work. Wait for "
+            "it or stop it, or give another folder."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"open_run: the file system of {folder} has no locks: see to it that no other process writes there.",
+            stacklevel=3,
+        )
+    _held[key] = lock
+    return lock
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,15 +15,13 @@ Loading them back, a model with tied weights too:
 A tensor that the model has under several names is in the file once; the file's metadata maps the others to it.
 """
 
-import ast
 import hashlib
 import json
 import math
 import os
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -39,10 +37,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.record import as_recorded, device_name, device_of
-from common.types import DerivativeError, InitResult, UserLoss
+from common.types import InitResult, UserLoss
 from papers import initialize, method_of
 from reproduce.bring import Brought, bring_data, bring_loss, bring_model
-from reproduce.command import INTERRUPTED, end_well
+from reproduce.command import end_well, options_of
 
 EXPERIMENT = "apply"
 SHOWN = 10
@@ -87,39 +85,6 @@ class Config:
     """Replace files that are there."""
     quiet: bool = False
     """No progress bar."""
-
-
-# ---------------------------------------------------------------------------------------------- options as text
-def value_of(text: str) -> Any:
-    """JSON or a Python literal, lists as tuples; a number ("inf" too); or else the text itself."""
-    for read in (json.loads, ast.literal_eval, float):
-        try:
-            return _tuples(read(text))
-        except (ValueError, SyntaxError):
-            continue
-    return text
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_tuples(part) for part in value)
-    return {key: _tuples(part) for key, part in value.items()} if isinstance(value, dict) else value
-
-
-def options_of(texts: Iterable[str]) -> dict[str, Any]:
-    """`key=value`, taken apart.
-
-    Raises:
-        ValueError: Another form, or a key twice.
-    """
-    options: dict[str, Any] = {}
-    for option in texts:
-        key, equals, text = option.partition("=")
-        if not (key.isidentifier() and equals and text) or key in options:
-            why = "given twice" if key in options else "as in gamma=10"
-            raise ValueError(f"{EXPERIMENT}: an option must read key=value, each key once, got {option!r} ({why}).")
-        options[key] = value_of(text)
-    return options
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -225,7 +190,8 @@ def versions() -> dict[str, str]:
 def run(config: Config) -> InitResult:
     """Initialise, write, and say what was done."""
     beside = check_output(config)
-    options, model_options = options_of(config.options), options_of(config.model_options)
+    options = options_of(config.options, EXPERIMENT)
+    model_options = options_of(config.model_options, EXPERIMENT)
     method = method_of(config.method)
     method.check_options(options)
     device = device_of(config.device, EXPERIMENT)
@@ -262,29 +228,10 @@ def run(config: Config) -> InitResult:
 
 
 def apply(model: nn.Module, loss_fn: UserLoss, data: Brought, config: Config, options: Mapping[str, Any]) -> InitResult:
-    """The method on the model: on the data's batches, or as MetaInit's paper has it, where `input_shape` asks for it.
-
-    Raises:
-        ValueError: Also where a layer has no derivative, or the memory is too small.
-    """
+    """The method on the model: on the data's batches, or as MetaInit's paper has it, where `input_shape` is given."""
     batches = None if "input_shape" in options else data.init_batches(seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    try:
-        return initialize(
-            model, config.method, loss_fn, batches, generator=generator, progress=not config.quiet, **options
-        )
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{EXPERIMENT}: the device's memory must hold the computation, got: {_in_a_line(error)} "
-            "Pass a smaller --batch-size."
-        ) from error
-    except DerivativeError as error:
-        raise ValueError(str(error)) from error
-
-
-def _in_a_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+    return initialize(model, config.method, loss_fn, batches, generator=generator, progress=not config.quiet, **options)
 
 
 def report(console: Console, result: InitResult, title: str) -> None:
@@ -304,21 +251,8 @@ def report(console: Console, result: InitResult, title: str) -> None:
     console.print(table)
 
 
-def ending_well(main: Callable[[], object]) -> None:
-    """`end_well`, but that there is no run to go on with after Ctrl-C."""
-
-    def uninterrupted() -> None:
-        try:
-            main()
-        except KeyboardInterrupt:
-            Console(stderr=True).print("Interrupted. Nothing was written.")
-            sys.exit(INTERRUPTED)
-
-    end_well(uninterrupted)
-
-
 def main() -> None:
-    ending_well(lambda: run(tyro.cli(Config, description=__doc__)))
+    end_well(lambda: run(tyro.cli(Config, description=__doc__)), interrupted="Interrupted. Nothing was written.")
 
 
 if __name__ == "__main__":

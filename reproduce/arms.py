@@ -1,19 +1,21 @@
-"""One arm of a comparison, unit by unit: an update timed, a model initialised, a model trained.
+"""One arm of a comparison, unit by unit: an update timed, a method tried, a model initialised, a model trained.
 
 Each unit is a function of the configuration and of its own fields, but for what it times, so that a comparison can be
 cut off, resumed, and shared between processes.
 """
 
-import ast
+import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -23,10 +25,12 @@ from common.functional import load_parameters_, parameters_of
 from common.layers import layer_scales
 from common.precision import full_precision
 from common.record import Run, as_recorded
-from common.training import Optimizer, TrainingConfig, train
+from common.training import Optimizer, TrainingConfig, TrainingResult, train
 from common.types import Batch, DerivativeError, InitResult, UserLoss
-from papers import METHODS, initialize
+from papers import DIMAML_STEPS, METHODS, initialize
 from reproduce.bring import Brought, bring_data, bring_loss, bring_model, evaluate
+from reproduce.bring_data import Source
+from reproduce.command import options_of, out_of_memory
 from reproduce.processes import Advance, Record
 
 LEARNING_RATES: Mapping[Optimizer, tuple[float, ...]] = {
@@ -39,6 +43,13 @@ TIMED_SECONDS = 0.5
 """How long each of the stretches lasts that an update is timed over. Ours."""
 LAYER_KEYS = ("name", "kind", "weight_norm", "activation_std", "gradient_norm")
 """What a record says of each layer."""
+METHOD_OPTION = "METHOD.key=value"
+"""How an option of a method reads."""
+Result = TypeVar("Result")
+FEWEST_STEPS = 5
+"""That a learned method makes, however little fits into its share of the budget. Ours."""
+UNTIMED_STEPS, TRIAL_STEPS = 2, 6
+"""How many steps a trial makes, and at how many of them at the start its clock does not run. Ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +70,8 @@ class Config:
     """Folder that holds the data sets by name. Default: the variable LEARNED_INIT_DATA."""
     loss: str | None = None
     """package.module:callable, called with model and batch. Default: cross-entropy, or the model's own loss."""
-    methods: tuple[str, ...] = ("default", "xavier", "kaiming", "orthogonal", "lsuv")
-    """The arms: names of papers.METHODS. A learned one (metainit, gradinit, nio, dimaml) costs hundreds of updates or
-    more: give it a budget beyond that, or fewer steps by `options`."""
+    methods: tuple[str, ...] = ("default", "kaiming", "lsuv", "metainit", "gradinit", "nio")
+    """The arms: names of papers.METHODS."""
     reference: str | None = None
     """The arm that the others are compared with. Default: the first."""
     options: tuple[str, ...] = ()
@@ -72,6 +82,9 @@ class Config:
     """What the training of every run may take: 90s, 2min, 0.5h, "3 epochs" or "500 updates". Evaluations are free."""
     charge: bool = True
     """Whether an initialiser's cost is taken off its arm's training."""
+    init_share: float | None = 0.25
+    """Share of the budget that a learned method's steps may take, where `charge` is on and `options` does not say how
+    many: it makes fewer than are published where those do not fit. None or 0: always as many as are published."""
     learning_rates: tuple[float, ...] = ()
     """Each arm is trained with each. Default: 0.03, 0.1 and 0.3 for sgd, 0.0003, 0.001 and 0.003 for adam and adamw."""
     optimizer: Optimizer = "sgd"
@@ -112,34 +125,41 @@ class LoaderError(ValueError):
     """The data that a user brought raised: the run ends, which with an initialiser's error it does not."""
 
 
-# ---------------------------------------------------------------------------------------------- options as text
-def value_of(text: str) -> Any:
-    """A Python literal, a number ("inf" too), or else the text itself."""
-    for read in (ast.literal_eval, float):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
+# ---------------------------------------------------------------------------------------------- options of methods
+def options_for(method: str, config: Config, caller: str) -> dict[str, Any]:
+    """What of the configuration's `options` is the method's."""
+    given = options_of(config.options, caller, METHOD_OPTION)
+    return {key.partition(".")[2]: value for key, value in given.items() if key.partition(".")[0] == method}
 
 
-def split_option(option: str, caller: str, form: str = "key=value") -> tuple[str, Any]:
-    """`key=value` taken apart.
+def steps_option(method: str) -> str:
+    """The option that says how many steps a learned method makes."""
+    return "meta_steps" if method == "dimaml" else "steps"
 
-    Raises:
-        ValueError: Another form.
+
+def published_steps(method: str) -> int:
+    """How many steps a learned method makes where nothing is said."""
+    if method == "dimaml":
+        return DIMAML_STEPS[steps_option(method)]
+    function = getattr(import_module(f"papers.{method}"), method)
+    return inspect.signature(function).parameters[steps_option(method)].default
+
+
+def needs_trial(method: str, config: Config, caller: str) -> bool:
+    """Whether the budget decides how many steps the method makes."""
+    is_free = METHODS[method].is_learned and steps_option(method) not in options_for(method, config, caller)
+    return is_free and config.charge and bool(config.init_share)
+
+
+def affordable_steps(published: int, updates: float, *, seconds_per_update: float, seconds_per_step: float) -> int:
+    """As many steps as are published, or as fit into the time of so many updates; at least `FEWEST_STEPS`.
+
+    Example:
+        >>> [affordable_steps(390, 100, seconds_per_update=0.1, seconds_per_step=t) for t in (0.02, 0.17, 9.0)]
+        [390, 58, 5]
     """
-    name, equals, text = option.partition("=")
-    if not (name and equals and text):
-        raise ValueError(f"{caller}: an option must read {form}, got {option!r}.")
-    return name, value_of(text)
-
-
-def options_of(method: str, options: Iterable[str], caller: str) -> dict[str, Any]:
-    """What of `METHOD.key=value` is the method's."""
-    pairs = [split_option(option, caller, "METHOD.key=value") for option in options]
-    own = [(name.partition("."), value) for name, value in pairs]
-    return {key: value for (owner, _, key), value in own if owner == method}
+    fitting = updates * seconds_per_update / seconds_per_step
+    return published if fitting >= published else max(FEWEST_STEPS, int(fitting))
 
 
 # ---------------------------------------------------------------------------------------------- what units work on
@@ -160,9 +180,23 @@ class Bench:
 
     def draw(self, seed: int) -> tuple[nn.Module, UserLoss]:
         """The model as the seed draws it, and its loss."""
-        options = dict(split_option(option, self.caller) for option in self.config.model_options)
+        options = options_of(self.config.model_options, self.caller)
         model = bring_model(self.config.model, self.data, seed=seed, options=options)
         return model, bring_loss(self.config.loss, self.data, model)
+
+    def draw_for(self, arm: str, seed: int) -> tuple[nn.Module, UserLoss, Callable[..., InitResult]]:
+        """The same, and the arm's method on them, to be called once, with any further options."""
+        model, loss_fn = self.draw(seed)
+        batches = read(lambda: self.data.init_batches(seed=seed), self.caller)
+        METHODS[arm].options()  # imports a paper's package, which is no part of the method's cost
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        given = options_for(arm, self.config, self.caller)
+        method = partial(initialize, model, arm, loss_fn, batches, generator=generator, progress=False, **given)
+        return model, loss_fn, method
+
+    def evaluate(self, model: nn.Module, loss_fn: UserLoss) -> dict[str, float]:
+        return evaluate(model, loss_fn, replace(self.data, source=Reading(self.data.source, self.caller)))
 
     def recipe(self, slices: int, learning_rate: float) -> TrainingConfig:
         config = self.config
@@ -198,6 +232,20 @@ def read(make: Callable[[], Iterator[Batch]], caller: str) -> Iterator[Batch]:
             except StopIteration:
                 return
         yield batch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A source of batches whose errors have a type of their own."""
+
+    source: Source
+    caller: str
+
+    def one_pass(self, seed: int, *, augment: bool) -> Iterator[Batch]:
+        return read(lambda: self.source.one_pass(seed, augment=augment), self.caller)
+
+    def test(self) -> Iterator[Batch]:
+        return read(self.source.test, self.caller)
 
 
 class Stream:
@@ -279,6 +327,53 @@ def _stretches(bench: Bench, number: int, length: int) -> list[float]:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """How long a step of a learned method takes, and so how many of them fit into its share of the budget."""
+
+    arm: str
+    updates: float = math.nan
+    """The share, in updates of the training."""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"kind": "trial", "arm": self.arm}
+
+    def __str__(self) -> str:
+        return f"{self.arm}: timing steps"
+
+    def do(self, bench: Bench, advance: Advance) -> Record:
+        """A method that fails before its first step is given them all, and will soon fail again."""
+        seconds, failure = seconds_per_step(bench, self.arm)
+        steps = published = published_steps(self.arm)
+        if not math.isnan(seconds):
+            per_update = seconds_per_update(bench)
+            steps = affordable_steps(
+                published, self.updates, seconds_per_update=per_update, seconds_per_step=seconds
+            )  # fmt: skip
+        advance(1.0)
+        return self.key | {
+            "seconds_per_step": as_recorded(seconds), "steps": steps, "published": published, "error": failure
+        }  # fmt: skip
+
+
+def seconds_per_step(bench: Bench, arm: str) -> tuple[float, str | None]:
+    """The mean over a few steps of the arm's method on a model of its own, its set-up and first steps left out.
+
+    Of a method that fails in the middle, over the steps that it made, or NaN where it made none; and its message.
+    """
+    _, _, method = bench.draw_for(arm, 0)
+    times = [_now(bench.data.device)]
+
+    def on_step(_: dict[str, float]) -> None:
+        times.append(_now(bench.data.device))
+
+    _, failure = attempt(lambda: method(on_step=on_step, **{steps_option(arm): TRIAL_STEPS}))
+    made = len(times) - 1
+    untimed = min(UNTIMED_STEPS, made - 1)
+    return (times[-1] - times[untimed]) / (made - untimed) if made else math.nan, failure
+
+
+@dataclass(frozen=True)
 class Initialise:
     """A model drawn and initialised, timed, described, and its weights kept."""
 
@@ -286,6 +381,8 @@ class Initialise:
     seed: int
     seconds_per_update: float = math.nan
     """What a cost in updates goes by; a learned method's by what is timed around it."""
+    steps: int | None = None
+    """What a trial found for a learned method; None: as `options` says, or as many as are published."""
 
     @property
     def key(self) -> dict[str, Any]:
@@ -299,20 +396,10 @@ class Initialise:
         is_learned = METHODS[self.arm].is_learned
         # minutes after the run's timing a machine may be at another speed: what is timed together can be compared
         timings = [seconds_per_update(bench)] if is_learned else [self.seconds_per_update]
-        model, loss_fn = bench.draw(self.seed)
-        batches = read(lambda: bench.data.init_batches(seed=self.seed), bench.caller)
-        options = options_of(self.arm, bench.config.options, bench.caller)
-        METHODS[self.arm].options()  # imports a paper's package, which is no part of the method's cost
-        torch.manual_seed(self.seed)
-        generator = torch.Generator().manual_seed(self.seed)
-        result, failure = InitResult({}), None
+        model, loss_fn, method = bench.draw_for(self.arm, self.seed)
+        found = {} if self.steps is None else {steps_option(self.arm): self.steps}
         start = _now(bench.data.device)
-        try:
-            result = initialize(model, self.arm, loss_fn, batches, generator=generator, progress=False, **options)
-        except LoaderError:
-            raise
-        except Exception as error:
-            failure = _message_of(error)
+        result, failure = attempt(lambda: method(**found))
         seconds = _now(bench.data.device) - start
         if is_learned and failure is None:
             timings.append(seconds_per_update(bench))
@@ -321,8 +408,9 @@ class Initialise:
             "seconds": seconds,
             "seconds_per_update": per_update,
             "updates": seconds / per_update,
-            "scales": {name: as_recorded(scale) for name, scale in result.scales.items()},
-            "skipped": result.skipped,
+            **(self._steps(bench) if is_learned else {}),
+            "scales": {name: as_recorded(scale) for name, scale in result.scales.items()} if result else {},
+            "skipped": result.skipped if result else {},
             "layers": [],
             "error": failure,
         }
@@ -337,6 +425,11 @@ class Initialise:
                 record["layers_error"] = _message_of(error)
         advance(1.0)
         return record
+
+    def _steps(self, bench: Bench) -> Record:
+        published = published_steps(self.arm)
+        given = options_for(self.arm, bench.config, bench.caller).get(steps_option(self.arm), published)
+        return {"steps": given if self.steps is None else self.steps, "published_steps": published}
 
 
 @dataclass(frozen=True)
@@ -361,40 +454,59 @@ class Train:
         return f"{self.arm}, seed {self.seed}: train at {self.learning_rate:g}"
 
     def do(self, bench: Bench, advance: Advance) -> Record:
+        """A training that raises is a result too, as one that diverges is."""
         model, loss_fn = bench.draw(self.seed)
         load_parameters_(model, _kept(bench.folder / f"{weights_of(self.arm, self.seed)}.safetensors"))
         torch.manual_seed(self.seed)  # dropout's
+        checkpoint = bench.folder / f"training-{self.arm}-{self.seed}-{self.index}.checkpoint"
         shares = [0.0]
 
         def on_slice(_: dict[str, float]) -> None:
             shares.append(1 / self.slices)
             advance(shares[-1])
 
-        def measure(model: nn.Module) -> dict[str, float]:
-            return evaluate(model, loss_fn, bench.data)
-
-        if self.slices == 0:
-            ended = {"epoch": 0, "train_loss": math.nan, **measure(model), "seconds": 0.0}
-            history, diverged = [ended], False
-        else:
-            result = train(
-                model, loss_fn, Stream(bench, self.seed, self.length), measure, steps_per_epoch=self.length,
-                config=bench.recipe(self.slices, self.learning_rate),
-                checkpoint=bench.folder / f"training-{self.arm}-{self.seed}-{self.index}.checkpoint", on_epoch=on_slice,
-            )  # fmt: skip
-            history, diverged = result.history, result.diverged
+        result, failure = attempt(lambda: self._train(bench, model, loss_fn, checkpoint, on_slice))
+        checkpoint.unlink(missing_ok=True)
         advance(1.0 - sum(shares))
-        history = cumulative(history, self.length)
+        history = cumulative(result.history if result else [], self.length)
+        last = history[-1] if history else {"updates": 0, "seconds": 0.0}
         return self.key | {
             "history": [{key: as_recorded(value) for key, value in entry.items()} for entry in map(honest, history)],
-            "diverged": diverged,
-            "updates": history[-1]["updates"],
+            "diverged": result is not None and result.diverged,
+            "updates": last["updates"],
             "charged_updates": self.charged,
-            "seconds": history[-1]["seconds"],
+            "seconds": last["seconds"],
+            "error": failure,
         }
 
+    def _train(
+        self,
+        bench: Bench,
+        model: nn.Module,
+        loss_fn: UserLoss,
+        checkpoint: Path,
+        on_slice: Callable[[dict[str, float]], None],
+    ) -> TrainingResult:
+        if self.slices == 0:
+            ended = {"epoch": 0, "train_loss": math.nan, **bench.evaluate(model, loss_fn), "seconds": 0.0}
+            return TrainingResult([ended], diverged=False)
+        unfinished = checkpoint.with_suffix(".partial")
+        unfinished.unlink(missing_ok=True)
+        try:
+            return train(
+                model, loss_fn, Stream(bench, self.seed, self.length), lambda model: bench.evaluate(model, loss_fn),
+                steps_per_epoch=self.length, config=bench.recipe(self.slices, self.learning_rate),
+                checkpoint=checkpoint, on_epoch=on_slice,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if unfinished.exists():  # torch has no type of its own for a file that it cannot write
+                raise OSError(
+                    f"{bench.caller}: {checkpoint} must be writable, got: {error} Is the disk full?"
+                ) from error
+            raise
 
-Unit = Timing | Initialise | Train
+
+Unit = Timing | Trial | Initialise | Train
 
 
 def cumulative(history: list[dict[str, float]], length: int) -> list[dict[str, float]]:
@@ -428,10 +540,21 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """What comes of it, or else its error's message; what the run cannot go on after is raised."""
+    try:
+        return work(), None
+    except (LoaderError, OSError, torch.AcceleratorError):  # data, disk, or a GPU that gives errors from here on
+        raise
+    except Exception as error:
+        return None, _message_of(error)
+
+
 def _message_of(error: Exception) -> str:
     """The message; with its type where it is not one of ours, which name function and remedy."""
     notes = " ".join(getattr(error, "__notes__", ()))
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    is_ours = isinstance(error, (ValueError, DerivativeError))
+    text = out_of_memory(error) or (str(error) if is_ours else f"{type(error).__name__}: {error}")
     return f"{text} {notes}".strip()
 
 

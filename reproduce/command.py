@@ -1,19 +1,24 @@
-"""What every command shares: presets, progress, and how it ends."""
+"""What every command shares: presets, options as text, progress, and how it ends."""
 
+import ast
+import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from common.record import Run, open_run
+from common.types import DerivativeError
 
 Config = TypeVar("Config")
 INTERRUPTED = 130  # the shell's own status for Ctrl-C
+GO_ON = "Interrupted. The same command with --output and the run folder named above goes on from here."
 
 
 def parse(presets: Mapping[str, Config], description: str, args: list[str] | None = None) -> Config:
@@ -24,6 +29,45 @@ def parse(presets: Mapping[str, Config], description: str, args: list[str] | Non
     # An unknown preset goes on to tyro, whose message lists the ones there are.
     default = presets.get(chosen.preset, presets["quick"])
     return tyro.cli(type(default), default=default, args=args, description=description)
+
+
+def value_of(text: str) -> Any:
+    """JSON or a Python literal, lists as tuples; a number ("inf" too); or else the text itself."""
+    for read in (json.loads, ast.literal_eval, float):
+        try:
+            return _tuples(read(text))
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(part) for part in value)
+    return {key: _tuples(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def options_of(texts: Iterable[str], caller: str, form: str = "key=value") -> dict[str, Any]:
+    """Options as they are typed, taken apart.
+
+    Args:
+        texts: One `key=value` each.
+        caller: For messages.
+        form: What each must read: every key has as many dots as this one's.
+
+    Raises:
+        ValueError: Another form, or a key twice.
+    """
+    options: dict[str, Any] = {}
+    for option in texts:
+        key, _, text = option.partition("=")
+        names = key.split(".")
+        is_form = len(names) == form.count(".") + 1 and all(map(str.isidentifier, names)) and text
+        if not is_form or key in options:
+            why = "given twice" if key in options else "as in gamma=10"
+            raise ValueError(f"{caller}: an option must read {form}, each key once, got {option!r} ({why}).")
+        options[key] = value_of(text)
+    return options
 
 
 def begin(experiment: str, config: Any, console: Console) -> Run:
@@ -49,14 +93,39 @@ def make_progress(*, quiet: bool) -> Progress:
     )
 
 
-def end_well(main: Callable[[], object]) -> None:
-    """Run a command; a user's mistake ends in one sentence, not in a traceback, Ctrl-C in the shell's own status."""
+def out_of_memory(error: Exception) -> str | None:
+    """What to do about it in one line, where the error is for want of memory."""
+    # the CPU's allocator has no type of its own
+    if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)):
+        return None
+    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return (
+        f"the memory must hold the computation, got: {said}. Lower --batch-size (or --processes, where there are "
+        "several), or take a smaller model."
+    )
+
+
+def mistake_of(error: Exception) -> str | None:
+    """One sentence for what a user can mend; None for a bug, which is for its traceback to tell."""
+    is_mistake = isinstance(error, (ValueError, TypeError, OSError, DerivativeError))
+    return out_of_memory(error) or (str(error) if is_mistake else None)
+
+
+def end_well(main: Callable[[], object], *, interrupted: str = GO_ON) -> None:
+    """Run a command; a user's mistake ends in one sentence, not in a traceback, Ctrl-C in the shell's own status.
+
+    Args:
+        main: The command.
+        interrupted: What is said after Ctrl-C.
+    """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         main()
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command with --output and the run folder named above goes on from here.")
+        console.print(interrupted, markup=False)
         sys.exit(INTERRUPTED)
-    except (ValueError, TypeError, OSError) as error:
-        console.print(f"error: {error}", markup=False, style="red")
+    except Exception as error:
+        if (sentence := mistake_of(error)) is None:
+            raise
+        console.print(f"error: {sentence}", markup=False, style="red")
         sys.exit(2)

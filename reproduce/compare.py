@@ -17,6 +17,10 @@ training is cut into slices of equal length, each with an evaluation at its end,
 nearest update a slice. An arm whose initialiser took the whole budget is evaluated untrained, and this is said.
 Evaluations cost nothing.
 
+Published, a learned method makes hundreds of steps, which cost more than many a budget. So a short trial times a step,
+and the method makes as many as fit into `--init-share` of the budget; how many is recorded and said. Trials cost
+nothing.
+
 Small models could train all their seeds at once under vmap; they train one by one here.
 """
 
@@ -41,13 +45,14 @@ from rich.progress import Progress
 from common.options import check_positive, check_whole
 from common.record import Run, device_name, device_of, write_environment
 from papers import METHODS
-from reproduce.arms import Bench, Config, Initialise, Timing, Train, split_option
-from reproduce.command import begin, end_well, make_progress, parse
+from reproduce.arms import FEWEST_STEPS, METHOD_OPTION, Bench, Config, Initialise, Timing, Train, Trial, needs_trial
+from reproduce.command import begin, end_well, make_progress, options_of, parse
 from reproduce.compare_page import write_report
 from reproduce.compare_report import print_report, summarise
-from reproduce.processes import Advance, Do, Here, Workers, hold
+from reproduce.processes import Advance, Do, Here, Workers
 
 EXPERIMENT = "compare"
+Work = Trial | Initialise | Train
 
 PRESETS = {
     "smoke": Config(
@@ -129,6 +134,7 @@ class Plan:
     """In updates."""
     slices: int
     charge: bool
+    init_share: float
 
     def training(self, unit: Train, initialisation: Mapping[str, Any]) -> Train:
         """The unit, with what its arm's initialisation has left of the budget."""
@@ -151,7 +157,7 @@ def make_plan(config: Config, timing: Mapping[str, Any], steps_per_epoch: int) -
             f"{EXPERIMENT}: `budget` must be worth an update at least, got {config.budget}, with {seconds:.3g} s an "
             f"update and {steps_per_epoch} updates an epoch."
         )
-    return Plan(seconds, whole, min(config.evaluations, whole), config.charge)
+    return Plan(seconds, whole, min(config.evaluations, whole), config.charge, config.init_share or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -181,23 +187,19 @@ def check_config(config: Config) -> None:
             check_whole(EXPERIMENT, smallest=1, **{name: value})
     if config.clip_norm is not None:
         check_positive(EXPERIMENT, clip_norm=config.clip_norm)
-    for name, highest in (("weight_decay", math.inf), ("warmup", 1.0)):
-        if not 0 <= getattr(config, name) < highest:
+    for name, highest in (("weight_decay", math.inf), ("warmup", 1.0), ("init_share", 1.0)):
+        if not 0 <= (getattr(config, name) or 0.0) < highest:
             raise ValueError(f"{EXPERIMENT}: `{name}` must lie between 0 and {highest:g}, got {getattr(config, name)}.")
-    for option in config.model_options:
-        split_option(option, EXPERIMENT)
-    for option in config.options:
-        _check_option(option, config)
+    options_of(config.model_options, EXPERIMENT)
+    for name in options_of(config.options, EXPERIMENT, METHOD_OPTION):
+        _check_option(name, config)
     _check_processes(config)
 
 
-def _check_option(option: str, config: Config) -> None:
-    name, _ = split_option(option, EXPERIMENT, "METHOD.key=value")
-    method, dot, key = name.partition(".")
-    if not dot or method not in config.methods:
-        raise ValueError(
-            f"{EXPERIMENT}: `options` must read METHOD.key=value, of a method that is compared, got {option!r}."
-        )
+def _check_option(name: str, config: Config) -> None:
+    method, _, key = name.partition(".")
+    if method not in config.methods:
+        raise ValueError(f"{EXPERIMENT}: `options` must be of methods that are compared, got {name!r}.")
     if key not in METHODS[method].options():
         raise ValueError(
             f"{EXPERIMENT}: an option of {method!r} must be one of {', '.join(METHODS[method].options()) or '(none)'}, "
@@ -220,32 +222,31 @@ def run(config: Config) -> dict[str, Any]:
     console = Console()
     device = device_of(config.device, EXPERIMENT)
     folder = begin(EXPERIMENT, config, console)
-    with hold(folder.folder):
-        # the device is the workers', where there are any
-        bench = Bench(config, device if config.processes == 1 else torch.device("cpu"), folder.folder, EXPERIMENT)
-        write_environment(folder, bench.data.record | {"identity": bench.data.identity}, device)
-        console.print(f"Data: {bench.data.identity}.")
-        console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
-        bench.draw(0)  # a model or loss that cannot be had says so now
-        with make_progress(quiet=config.quiet) as progress:
-            compute(config, folder, bench, progress, console)
-        summary = report(config, folder, console) | {"data": bench.data.identity, "device": device_name(device)}
-        folder.finish(summary)
+    # the device is the workers', where there are any
+    bench = Bench(config, device if config.processes == 1 else torch.device("cpu"), folder.folder, EXPERIMENT)
+    write_environment(folder, bench.data.record | {"identity": bench.data.identity}, device)
+    console.print(f"Data: {bench.data.identity}.")
+    console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    bench.draw(0)  # a model or loss that cannot be had says so now
+    with make_progress(quiet=config.quiet) as progress:
+        compute(config, folder, bench, progress, console)
+    summary = report(config, folder, console) | {"data": bench.data.identity, "device": device_name(device)}
+    folder.finish(summary)
     return summary
 
 
 def report(config: Config, folder: Run, console: Console) -> dict[str, Any]:
     """Table, page and file of numbers, from the records alone."""
-    records = [record for record in folder.records if record["kind"] != Timing().key["kind"]]
-    trainings = [record for record in records if record["kind"] == "training"]
-    is_classification = any("test_accuracy" in record["history"][-1] for record in trainings)
+    records = [record for record in folder.records if record["kind"] in ("initialisation", "training")]
+    ended = [record for record in records if record["kind"] == "training" and record["error"] is None]
+    is_classification = any("test_accuracy" in record["history"][-1] for record in ended)
     summary = summarise(
         records, arms=config.methods, seeds=range(config.seeds), learning_rates=config.rates,
         reference=config.reference or config.methods[0],
         metric="test_accuracy" if is_classification else "test_loss",
     )  # fmt: skip
     print_report(console, summary)
-    if untrained := sorted({record["arm"] for record in trainings if record["updates"] == 0}):
+    if untrained := sorted({record["arm"] for record in ended if record["updates"] == 0}):
         console.print(
             f"Not trained, as the initialisation took the whole budget: {', '.join(untrained)}. Give a larger "
             "--budget, or fewer steps by --options, or compare with --no-charge."
@@ -259,10 +260,12 @@ def report(config: Config, folder: Run, console: Console) -> dict[str, Any]:
     return summary
 
 
-def order_of_work(config: Config) -> Iterator[Initialise | Train]:
+def order_of_work(config: Config) -> Iterator[Work]:
     """Seed by seed, so that a run cut off has compared all arms; each arm's initialisation before its trainings."""
     for seed in range(config.seeds):
         for arm in config.methods:
+            if seed == 0 and needs_trial(arm, config, EXPERIMENT):
+                yield Trial(arm)
             yield Initialise(arm, seed)
             for index, rate in enumerate(config.rates):
                 yield Train(arm, seed, rate, index)
@@ -282,12 +285,16 @@ def compute(config: Config, folder: Run, bench: Bench, progress: Progress, conso
         console.print(foreseen(plan, config, trainings))
         while todo or work.is_busy:
             todo = [unit for unit in todo if not is_void(unit, folder)]
-            while work.has_room and (unit := next((unit for unit in todo if is_ready(unit, folder)), None)):
+            while work.has_room and (unit := next((unit for unit in todo if is_ready(unit, config, folder)), None)):
                 todo.remove(unit)
                 progress.update(bar, description=str(unit))
                 work.start(completed(unit, plan, folder))
             if work.is_busy:
-                folder.append(work.next_done()[1])
+                record = folder.append(work.next_done()[1])
+                if record["kind"] == "trial" and record["steps"] < record["published"]:
+                    title, share = METHODS[record["arm"]].title, f"{100 * plan.init_share:g} % of the budget"
+                    made = f"{title}, {record['steps']} of {record['published']} steps"
+                    console.print(f"{made}: as many as fit into {share}, or {FEWEST_STEPS}.")
 
 
 def make_work(config: Config, bench: Bench, advance: Advance, stack: ExitStack) -> Here | Workers:
@@ -318,20 +325,27 @@ def initialisation_of(unit: Train, folder: Run) -> dict[str, Any] | None:
     return folder.find(**Initialise(unit.arm, unit.seed).key)
 
 
-def is_ready(unit: Initialise | Train, folder: Run) -> bool:
-    return isinstance(unit, Initialise) or initialisation_of(unit, folder) is not None
+def is_ready(unit: Work, config: Config, folder: Run) -> bool:
+    """Whether what it goes by is recorded."""
+    if isinstance(unit, Initialise):
+        return not needs_trial(unit.arm, config, EXPERIMENT) or folder.find(**Trial(unit.arm).key) is not None
+    return isinstance(unit, Trial) or initialisation_of(unit, folder) is not None
 
 
-def is_void(unit: Initialise | Train, folder: Run) -> bool:
+def is_void(unit: Work, folder: Run) -> bool:
     """A training whose initialiser failed."""
     found = initialisation_of(unit, folder) if isinstance(unit, Train) else None
     return found is not None and found["error"] is not None
 
 
-def completed(unit: Initialise | Train, plan: Plan, folder: Run) -> Initialise | Train:
+def completed(unit: Work, plan: Plan, folder: Run) -> Work:
     """The unit, told what the plan and the records say."""
+    if isinstance(unit, Trial):
+        return replace(unit, updates=plan.init_share * plan.budget)
     if isinstance(unit, Initialise):
-        return replace(unit, seconds_per_update=plan.seconds_per_update)
+        trial = folder.find(**Trial(unit.arm).key)
+        steps = None if trial is None else trial["steps"]
+        return replace(unit, seconds_per_update=plan.seconds_per_update, steps=steps)
     found = initialisation_of(unit, folder)
     assert found is not None
     return plan.training(unit, found)

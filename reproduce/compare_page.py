@@ -27,6 +27,7 @@ from reproduce.compare_report import (
     Summary,
     conclude,
     diverged_text,
+    failures,
     how_chosen,
     how_sure,
     interval_text,
@@ -35,6 +36,8 @@ from reproduce.compare_report import (
     number,
     refusals,
     rounded,
+    shortened,
+    steps_text,
 )
 from reproduce.page import Cell, Code, Column, Part, Picture, Prose, Section, Table, svg_of, write_csv, write_page
 
@@ -75,6 +78,7 @@ def write_report(
         Section("What the initialisations did", list(_layer_parts(records, summary))),
         Section("Cost", [_cost_table(summary)]),
         Section("Refused", list(_refused_parts(summary))),
+        Section("Failed", list(_failed_parts(summary))),
         Section("How to repeat this", list(_method_parts(summary, command, config, environment))),
     ]
     path = folder / "page.html"
@@ -147,7 +151,7 @@ def _headline_table(summary: Summary, metric: Metric) -> Table:
             ]
         )
     order = "Higher" if metric.higher_is_better else "Lower"
-    caption = f"{order} is better; {seeds} {'seed' if seeds == 1 else 'seeds'}."
+    caption = f"{order} is better; {seeds} {'seed' if seeds == 1 else 'seeds'}. {shortened(summary)}".strip()
     return Table(at_the_end(metric), columns, rows, caption)
 
 
@@ -263,6 +267,7 @@ def _place_table(values: ByPlace, place: str, title: str) -> Table:
 def _cost_table(summary: Summary) -> Table:
     columns = [
         Column("arm"),
+        Column("steps", True, "Of a learned method: made, and published. Fewer where more do not fit the budget."),
         Column("initialisation, s", True, "Mean over seeds, as measured."),
         Column("initialisation, updates", True, "The same, in training updates of the same time."),
         Column("training, updates", True, "At the chosen learning rate, mean over seeds."),
@@ -275,7 +280,8 @@ def _cost_table(summary: Summary) -> Table:
         before, after = start["seconds"], training["seconds"]
         share = None if before is None or not after else 100 * before / (before + after)
         updates = (_cell(start["updates"], rounded), _cell(training["updates"], rounded))
-        rows.append([arm, before, *updates, after, _cell(share, rounded)])
+        steps = Cell(steps_text(row), number(row["steps"] and row["steps"]["made"]))
+        rows.append([arm, steps, before, *updates, after, _cell(share, rounded)])
     return Table("What each arm took", columns, rows)
 
 
@@ -283,6 +289,12 @@ def _refused_parts(summary: Summary) -> Iterator[Part]:
     if rows := [[arm, seeds, message] for arm, message, seeds in refusals(summary)]:
         columns = [Column("arm"), Column("seeds"), Column("message")]
         yield Table("What these initialisers said", columns, rows)
+
+
+def _failed_parts(summary: Summary) -> Iterator[Part]:
+    if rows := [[arm, trainings, message] for arm, message, trainings in failures(summary)]:
+        columns = [Column("arm"), Column("trainings"), Column("message")]
+        yield Table("What ended these trainings", columns, rows)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -335,15 +347,15 @@ def _csv_rows(records: Records, summary: Summary) -> Iterator[list[str | float |
         keys = {"arm": record["arm"], "seed": record["seed"]}
         if record["kind"] == "training":
             keys["learning_rate"] = record["learning_rate"]
-            for key in ("diverged", "updates", "charged_updates", "seconds"):
-                yield row("run", key, record[key], **keys)
+            for key in ("diverged", "updates", "charged_updates", "seconds", "error"):
+                yield row("run", key, record.get(key), **keys)
             for entry in record["history"]:
                 at = {key: entry[key] for key in ("epoch", "updates")}
                 for key in (key for key in entry if key not in at):
                     yield row("history", key, entry[key], **keys, **at)
         else:
-            for key in ("seconds", "updates", "error"):
-                yield row("initialisation", key, record[key], **keys)
+            for key in ("seconds", "updates", "error", "steps", "published_steps"):
+                yield row("initialisation", key, record.get(key), **keys)
             for name, value in record["scales"].items():
                 yield row("scale", "new norm over old", value, name=name, **keys)
             for layer in record["layers"]:

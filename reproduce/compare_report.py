@@ -182,13 +182,21 @@ def _row(records: Records, learning_rates: Sequence[float], metric: Metric) -> d
         if (own := [record for record in trained if record["learning_rate"] == rate])
     ]
     best = _best(grid, metric)
-    own = [record for record in trained if best is not None and record["learning_rate"] == best["learning_rate"]]
+    ended = [record for record in trained if record.get("error") is None]
+    own = [record for record in ended if best is not None and record["learning_rate"] == best["learning_rate"]]
+    steps = ({"made": r["steps"], "published": r["published_steps"]} for r in starts if "steps" in r)
     return {
         **(best or _point(None, [], metric)),
         "grid": grid,
         "initialisation": {key: mean_or_none([record[key] for record in made]) for key in ("seconds", "updates")},
         "training": {key: mean_or_none([r[key] for r in own]) for key in ("seconds", "updates", "charged_updates")},
         "refused": {str(record["seed"]): record["error"] for record in starts if record["error"] is not None},
+        "steps": next(steps, None),
+        "failures": [
+            {key: record[key] for key in ("seed", "learning_rate", "error")}
+            for record in trained
+            if record.get("error") is not None
+        ],
     }
 
 
@@ -210,6 +218,7 @@ def _point(rate: float | None, records: Records, metric: Metric) -> dict[str, An
         "iqm_low": iqm_low,
         "iqm_high": iqm_high,
         "diverged": sum(record["diverged"] for record in records),
+        "failed": sum(record.get("error") is not None for record in records),
     }
 
 
@@ -314,7 +323,9 @@ def print_report(console: Console, summary: Summary) -> None:
     console.print(table)
     console.print()
     said = [conclude(summary), how_sure(summary), how_chosen(summary)]
+    said += [shortened(summary)] if shortened(summary) else []
     said += [f"Refused, {arm}: {message}" for arm, message, _ in refusals(summary)]
+    said += [f"Training failed, {arm} ({where}): {message}" for arm, message, where in failures(summary)]
     said.append("cost: what the initialisation took, in training updates of the same time.")
     for sentence in said:
         console.print(sentence, highlight=False, markup=False)
@@ -323,7 +334,9 @@ def print_report(console: Console, summary: Summary) -> None:
 def mean_text(row: Mapping[str, Any], metric: Metric) -> str:
     if not row["seeds"]:
         return "refused" if row.get("refused") else "–"
-    return "not finite" if row["mean"] is None else metric.text(row["mean"])
+    if row["mean"] is None:
+        return "failed" if row.get("failed") else "not finite"
+    return metric.text(row["mean"])
 
 
 def interval_text(low: float | None, high: float | None, text: Callable[[float | None], str]) -> str:
@@ -351,3 +364,24 @@ def refusals(summary: Summary) -> Iterator[tuple[str, str, str]]:
     for arm, row in summary["arms"].items():
         for message in dict.fromkeys(row["refused"].values()):
             yield arm, message, ", ".join(seed for seed, own in row["refused"].items() if own == message)
+
+
+def failures(summary: Summary) -> Iterator[tuple[str, str, str]]:
+    """Arm, message, and the trainings that ended with it."""
+    for arm, row in summary["arms"].items():
+        for message in dict.fromkeys(failure["error"] for failure in row.get("failures", [])):
+            own = [failure for failure in row["failures"] if failure["error"] == message]
+            yield arm, message, ", ".join(f"seed {one['seed']} at {one['learning_rate']:g}" for one in own)
+
+
+def steps_text(row: Mapping[str, Any]) -> str:
+    """How many steps a learned method made, of how many that are published."""
+    steps = row.get("steps")
+    return "–" if steps is None else f"{steps['made']} of {steps['published']}"
+
+
+def shortened(summary: Summary) -> str:
+    """Which learned methods made another number of steps than is published; empty where none did."""
+    rows = {arm: row for arm, row in summary["arms"].items() if row.get("steps")}
+    said = [f"{a}, {steps_text(r)} steps" for a, r in rows.items() if r["steps"]["made"] != r["steps"]["published"]]
+    return f"Other numbers of steps than are published: {'; '.join(said)}." if said else ""

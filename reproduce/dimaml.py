@@ -302,8 +302,8 @@ def released_start(law: Literal["normal", "uniform"], scale: float, family: Fami
     the released code leaves 0.946.
 
     Example:
-        >>> released_start("uniform", 0.5, "normal", 100), released_start("uniform", 0.5, "plif", 100)
-        (Normal(mean=0, std=0.5), PLIF(pieces=100; mean 0, std 0.2887))
+        >>> released_start("uniform", 0.5, "normal", 100)
+        Normal(mean=0, std=0.5)
     """
     if family == "normal":
         return Normal(0.0, scale)

@@ -1,65 +1,30 @@
-"""A run's processes: one alone writes into its folder, and others may share the work.
+"""A run's processes, where several share the work.
 
 Workers are started afresh (spawn), one unit of work at a time each; records come back to the process that started them,
 the only one to write `metrics.jsonl`. They end with it, however it ends.
 """
 
-import errno
-import fcntl
 import multiprocessing
 import os
 import signal
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
+
+from reproduce.command import mistake_of
 
 Record = dict[str, Any]
 Advance = Callable[[float], None]
 """To be called with the share of the unit that is done since the last call."""
 Do = Callable[[Any, Advance], Record]
 """Does one unit of work, and returns its record."""
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-_MISTAKES = (ValueError, TypeError, OSError)  # what a command ends with in one sentence
 
 
-# ---------------------------------------------------------------------------------------------- one writer
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """The run folder is this process's alone inside of the context.
-
-    The kernel holds the lock, on `metrics.jsonl`, and lets go of it when the process ends, by SIGKILL too: no lock is
-    ever left behind.
-
-    Raises:
-        ValueError: Another process holds it.
-    """
-    with (folder / "metrics.jsonl").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"hold: a run folder must have one writer, got {folder}, in which another process is at work. "
-                "Wait for it or stop it, or give another folder."
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warnings.warn(
-                f"hold: the file system of {folder} has no locks: see to it that no other process writes there.",
-                stacklevel=3,
-            )
-        yield
-
-
-# ---------------------------------------------------------------------------------------------- who does the work
 class Here:
     """This process does the work itself."""
 
@@ -192,10 +157,10 @@ def _work(connection: Connection, make: Callable[[], Do], threads: int) -> None:
         try:
             do = do or make()
             record = {} if unit is None else do(unit, lambda share: connection.send(("advance", share)))
-        except _MISTAKES as error:
-            connection.send(("mistake", str(error)))
-        except Exception:
-            connection.send(("error", f"Workers: a unit of work raised.\n{traceback.format_exc()}"))
+        except Exception as error:
+            told = f"Workers: a unit of work raised.\n{traceback.format_exc()}"
+            sentence = mistake_of(error)
+            connection.send(("error", told) if sentence is None else ("mistake", sentence))
         else:
             connection.send(("done", record))
 

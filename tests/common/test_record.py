@@ -1,9 +1,13 @@
-"""A run folder that was cut off anywhere is resumed or refused, and never reads as complete."""
+"""A run folder that was cut off anywhere is resumed or refused, has one writer, and never reads as complete."""
 
 import errno
+import importlib.util
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common import record as record_module
 from common.record import Run, device_name, open_run, write_environment
+from tests.conftest import ROOT
 
 CONFIG = {"learning_rate": 0.1, "widths": (3, 5), "data": {"name": "digits"}, "output": Path("here")}
 DATA = {"identity": "digits, 1797 rows", "rows": 1797, "sha256": "d1"}
@@ -37,7 +43,9 @@ def lines(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------- new and reopened
 def test_a_new_run_holds_its_configuration_alone(folder):
     run = reopen(folder)
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert {path.name: path.stat().st_size > 0 for path in folder.iterdir()} == {
+        "config.json": True, "metrics.jsonl": False
+    }  # fmt: skip
     written = json.loads((folder / "config.json").read_text("utf-8"))
     assert written == {"learning_rate": 0.1, "widths": [3, 5], "data": {"name": "digits"}, "output": "here"}
     assert run.records == []
@@ -85,6 +93,29 @@ def test_a_folder_of_something_else_is_refused(folder):
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.partial", ".probe"])
+def test_what_a_kill_at_the_start_leaves_is_no_other_file(folder, name):
+    folder.mkdir(parents=True)
+    (folder / name).touch()
+    reopen(folder).append({"epoch": 1})
+    assert lines(folder) == ['{"epoch": 1}']
+
+
+def test_records_without_a_configuration_are_other_files(folder):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(ValueError, match="got other files"):
+        reopen(folder)
+
+
+def test_a_configuration_of_something_else_is_left_alone(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"architectures": ["ViT"]}')
+    with pytest.raises(ValueError, match=r"got other values of architectures, data, learning_rate"):
+        reopen(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
 @given(st.integers(1, 40))
 def test_a_line_cut_off_anywhere_is_dropped_and_taken_off_the_file(cut):
     with tempfile.TemporaryDirectory() as name:
@@ -102,6 +133,95 @@ def test_a_line_cut_off_anywhere_is_dropped_and_taken_off_the_file(cut):
         assert (folder / "metrics.jsonl").read_bytes() == whole[:last]
         again.append({"epoch": 2, "loss": 0.12345})
         assert (folder / "metrics.jsonl").read_bytes() == whole
+
+
+# ---------------------------------------------------------------------------------------------- one writer
+HOLDER = """
+import sys, time
+from pathlib import Path
+from common.record import open_run
+run = open_run("experiment", {"seeds": 3}, seed=0, output=Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(folder):
+    """Another process at work in the folder."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(folder, holder):
+    with pytest.raises(ValueError, match=r"open_run: a run folder must have one writer.*another process is at work"):
+        open_run("experiment", {"seeds": 3}, seed=0, output=folder)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    run = open_run("experiment", {"seeds": 3}, seed=0, output=folder)
+    assert run.append({"epoch": 1}) == {"epoch": 1}
+
+
+def is_free(folder: Path) -> bool:
+    """For a process that does not hold it yet."""
+    code = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", code, str(folder / "metrics.jsonl")], stderr=subprocess.PIPE)
+    assert done.returncode == 0 or b"BlockingIOError" in done.stderr
+    return done.returncode == 0
+
+
+def test_a_folder_is_its_process_s_until_the_last_run_object_is_gone(folder):
+    first = reopen(folder)
+    second = reopen(folder)
+    second.append({"epoch": 1})  # which opens and closes the file
+    second.finish({})
+    del first
+    assert not is_free(folder)
+    del second
+    assert is_free(folder)
+
+
+def test_a_folder_made_anew_is_locked_anew(folder):
+    old = reopen(folder)
+    folder.rename(folder.with_name("old"))
+    new = reopen(folder)
+    assert not is_free(folder)
+    assert not is_free(folder.with_name("old"))
+    del old, new
+    assert is_free(folder)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_warned_of(folder, monkeypatch, number):
+    monkeypatch.setattr(record_module.fcntl, "flock", refuse(number))
+    with pytest.warns(UserWarning, match="has no locks: see to it that no other process") as caught:
+        assert reopen(folder).records == []
+    assert caught[0].filename == __file__
+
+
+def test_other_errors_of_a_lock_are_raised(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(record_module.fcntl, "flock", refuse(errno.EIO))
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            reopen(folder)
+    assert reopen(folder).records == []
+
+
+def test_a_system_without_fcntl_has_no_locks(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it fails, as on Windows
+    spec = importlib.util.spec_from_file_location("record_without_fcntl", record_module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run = module.open_run("experiment", CONFIG, seed=3, output=folder)
+    assert run.append({"epoch": 1}) == {"epoch": 1}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl"}
+    assert module.open_run("experiment", CONFIG, seed=3, output=folder).records == run.records
 
 
 # ---------------------------------------------------------------------------------------------- what is written

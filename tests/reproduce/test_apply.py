@@ -21,6 +21,7 @@ from common.functional import classification_loss
 from common.types import DerivativeError
 from papers import METHODS, InitResult, initialize
 from reproduce import apply
+from reproduce.command import GO_ON, end_well, options_of
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
 
@@ -315,15 +316,23 @@ def test_the_output_is_checked_before_anything_else(mine, monkeypatch, output, e
     ],
 )  # fmt: skip
 def test_values_are_read(text, value):
-    read = apply.options_of([f"key={text}"])["key"]
+    read = options_of([f"key={text}"], "test")["key"]
     assert read == value
     assert type(read) is type(value)
 
 
-@pytest.mark.parametrize("texts", [["gamma"], ["gamma="], ["=1"], ["a b=1"], ["gamma=1", "gamma=2"]])
+@pytest.mark.parametrize("texts", [["gamma"], ["gamma="], ["=1"], ["a b=1"], ["a.b=1"], ["gamma=1", "gamma=2"]])
 def test_other_forms_of_options_are_refused(texts):
-    with pytest.raises(ValueError, match=r"apply: an option must read key=value, each key once, got '"):
-        apply.options_of(texts)
+    with pytest.raises(ValueError, match=r"test: an option must read key=value, each key once, got '"):
+        options_of(texts, "test")
+
+
+def test_options_of_several_methods_name_theirs():
+    texts = ["gradinit.step=adam", "nio.steps=3"]
+    assert options_of(texts, "test", "METHOD.key=value") == {"gradinit.step": "adam", "nio.steps": 3}
+    for other in ("steps=3", "nio.=3", ".steps=3", "nio.steps.more=3", "nio.steps="):
+        with pytest.raises(ValueError, match=r"test: an option must read METHOD\.key=value, each key once, got '"):
+            options_of([other], "test", "METHOD.key=value")
 
 
 def test_the_help_lists_every_method():
@@ -359,31 +368,51 @@ def test_a_mistake_ends_in_one_sentence(mine, monkeypatch, capsys, arguments, me
     assert files_in(mine) == set()
 
 
+LOWER = "Lower --batch-size (or --processes, where there are several), or take a smaller model."
+
+
+def from_the_allocator() -> Exception:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    return caught.value
+
+
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "told"),
     [
-        (DerivativeError("gradinit: a layer is in the way."), r"^gradinit: a layer is in the way\.$"),
-        (
-            torch.OutOfMemoryError("Tried\nto allocate"),
-            r"must hold the computation, got: Tried to allocate\. Pass a smaller",
-        ),
+        (ValueError("gradinit: `eta` [/red] must be"), "gradinit: `eta` [/red] must be"),
+        (DerivativeError("gradinit: a layer is in the way."), "gradinit: a layer is in the way."),
+        (torch.OutOfMemoryError("Tried\nto allocate"), f"got: Tried to allocate. {LOWER}"),
+        (MemoryError(), f"got: MemoryError. {LOWER}"),
+        (from_the_allocator(), LOWER),
     ],
+    ids=["value", "layer", "GPU's memory", "memory", "CPU's memory"],
 )
-def test_layers_and_memory_in_the_way_are_told_in_a_sentence(mine, monkeypatch, error, message):
-    def failing(*_, **__):
+def test_what_a_user_can_mend_ends_a_command_in_a_sentence(capsys, error, told):
+    def failing():
         raise error
 
-    monkeypatch.setattr(apply, "initialize", failing)
-    with pytest.raises(ValueError, match=message):
-        apply.run(config_of())
-    assert files_in(mine) == set()
+    with pytest.raises(SystemExit) as end:
+        end_well(failing)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.endswith(f"{told}\n")
+    assert said.count("\n") == 1
 
 
-def test_an_interruption_says_that_nothing_was_written(monkeypatch, capsys):
-    def interrupted():
+def test_a_bug_ends_a_command_in_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        end_well(lambda: 1 / 0)
+
+
+def test_an_interruption_says_what_is_left(monkeypatch, capsys):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit) as end:
-        apply.ending_well(interrupted)
-    assert end.value.code == 130
-    assert capsys.readouterr().err == "Interrupted. Nothing was written.\n"
+    for command, said in ((lambda: end_well(interrupted), GO_ON), (apply.main, "Interrupted. Nothing was written.")):
+        monkeypatch.setattr(apply.tyro, "cli", interrupted)
+        with pytest.raises(SystemExit) as end:
+            command()
+        assert end.value.code == 130
+        assert capsys.readouterr().err == f"{said}\n"

@@ -13,11 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.networks import make_network
+from common.record import open_run
 from papers import METHODS
 from reproduce import arms, compare
-from reproduce.arms import Bench, Initialise, LoaderError, Stream, Train, honest, options_of, value_of
+from reproduce.arms import (
+    Bench,
+    Initialise,
+    LoaderError,
+    Stream,
+    Train,
+    Trial,
+    affordable_steps,
+    honest,
+    options_for,
+    published_steps,
+)
 from reproduce.compare import PRESETS, Budget, Plan, make_plan, order_of_work, parse_budget, run, slice_length
-from reproduce.processes import hold
 from tests.reproduce import commands
 
 SMOKE = replace(PRESETS["smoke"], device="cpu", quiet=True, charge=False)
@@ -81,6 +92,7 @@ def test_a_run_leaves_its_folder(complete):
         assert [entry["updates"] for entry in record["history"]] == [4, 8, 12]
         assert record["updates"] == 12
         assert record["charged_updates"] == 0
+        assert record["error"] is None
         assert record["seconds"] == record["history"][-1]["seconds"] > record["history"][0]["seconds"]
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     assert summary["metric"] == "test_accuracy"
@@ -131,12 +143,12 @@ def test_a_run_cut_off_in_a_training_is_resumed_to_the_same_numbers(complete, tm
     def evaluate_or_fail(*args):
         calls.append(args)
         if len(calls) == failing:
-            raise RuntimeError("cut off")
+            raise KeyboardInterrupt
         return evaluate(*args)
 
     monkeypatch.setattr(arms, "evaluate", evaluate_or_fail)
     config = replace(SMOKE, output=tmp_path / "run")
-    with pytest.raises(RuntimeError, match="cut off"):
+    with pytest.raises(KeyboardInterrupt):
         run(config)
     metrics = tmp_path / "run" / "metrics.jsonl"
     finished = metrics.read_text("utf-8")
@@ -258,6 +270,79 @@ def test_a_loader_that_raises_ends_the_run_and_what_is_finished_is_kept(tmp_path
     assert len(records_of(tmp_path / "run", "training")) == 2
 
 
+def test_a_loader_that_raises_at_an_evaluation_ends_the_run(tmp_path, single, monkeypatch):
+    bench = Bench(SMOKE, torch.device("cpu"), tmp_path, "test")
+    monkeypatch.setattr(type(bench.data.source), "test", lambda _: iter(lambda: 1 / 0, None))
+    model, loss_fn = bench.draw(0)
+    with pytest.raises(LoaderError, match="the data must give batches, got ZeroDivisionError"):
+        bench.evaluate(model, loss_fn)
+
+
+def failing_loss(error: Exception, *, is_time):
+    """Cross-entropy, until it is time."""
+
+    def loss_fn(model, batch):
+        if is_time():
+            raise error
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    return loss_fn
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("Tried\nto allocate."),
+            "the memory must hold the computation, got: Tried to allocate.",
+        ),
+        (KeyError("label"), "KeyError: 'label'"),
+        (ValueError("loss: must be finite."), "loss: must be finite."),
+    ],
+    ids=["memory", "bug", "value"],
+)
+def test_a_training_that_raises_is_recorded_and_the_others_go_on(tmp_path, single, monkeypatch, error, message):
+    folder = tmp_path / "run"
+    loss_fn = failing_loss(error, is_time=lambda: (folder / "training-kaiming-0-0.checkpoint").exists())
+    monkeypatch.setattr(arms, "bring_loss", lambda *_: loss_fn)
+    run(replace(SMOKE, seeds=1, output=folder))
+    broken, *others = records_of(folder, "training")
+    assert broken["error"].startswith(message)
+    assert (broken["arm"], broken["learning_rate"], broken["history"]) == ("kaiming", 0.03, [])
+    assert (broken["updates"], broken["seconds"], broken["diverged"]) == (0, 0.0, False)
+    assert [(r["error"], r["updates"]) for r in others] == [(None, 12)] * 3
+    assert not list(folder.glob("training-*"))
+    assert (folder / "summary.json").exists()
+
+
+def test_trainings_that_all_raise_are_a_result(tmp_path, single, monkeypatch):
+    folder = tmp_path / "run"
+    is_time = (folder / "weights-kaiming-0.safetensors").exists
+    monkeypatch.setattr(arms, "bring_loss", lambda *_: failing_loss(KeyError("label"), is_time=is_time))
+    monkeypatch.setattr(arms, "layer_scales", lambda *_: [])
+    summary = run(replace(SMOKE, methods=("kaiming",), seeds=1, output=folder))
+    assert [record["error"] for record in records_of(folder, "training")] == ["KeyError: 'label'"] * 2
+    assert summary["arms"]["kaiming"]["mean"] is None
+
+
+@pytest.mark.parametrize("half", [b"half", None], ids=["torch", "disk"])
+def test_a_disk_that_is_full_ends_the_run_and_is_no_result(tmp_path, single, monkeypatch, half):
+    def save(_, path):
+        if half is None:
+            raise OSError("no space left on device")
+        path.write_bytes(half)
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed.")
+
+    config = replace(SMOKE, seeds=1, output=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match=r"no space left|checkpoint must be writable, got: Pytorch.*disk full\?"):
+            run(config)
+    assert records_of(tmp_path / "run", "training") == []
+    run(config)
+    assert [record["error"] for record in records_of(tmp_path / "run", "training")] == [None] * 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -276,10 +361,12 @@ def test_a_loader_that_raises_ends_the_run_and_what_is_finished_is_kept(tmp_path
         ({"clip_norm": -1.0}, "`clip_norm` must be positive and finite, got -1.0"),
         ({"weight_decay": -1.0}, "`weight_decay` must lie between 0 and inf, got -1.0"),
         ({"warmup": 1.5}, "`warmup` must lie between 0 and 1, got 1.5"),
-        ({"model_options": ("width",)}, "an option must read key=value, got 'width'"),
-        ({"options": ("lsuv.tolerance",)}, "an option must read METHOD.key=value, got 'lsuv.tolerance'"),
-        ({"options": ("tolerance=0.1",)}, "`options` must read METHOD.key=value, of a method that is compared"),
-        ({"options": ("nio.steps=3",)}, "of a method that is compared, got 'nio.steps=3'"),
+        ({"init_share": 1.0}, "`init_share` must lie between 0 and 1, got 1.0"),
+        ({"init_share": -0.1}, "`init_share` must lie between 0 and 1, got -0.1"),
+        ({"model_options": ("width",)}, "an option must read key=value, each key once, got 'width'"),
+        ({"options": ("lsuv.tolerance",)}, r"must read METHOD\.key=value, each key once, got 'lsuv\.tolerance'"),
+        ({"options": ("tolerance=0.1",)}, r"must read METHOD\.key=value, each key once, got 'tolerance=0\.1'"),
+        ({"options": ("nio.steps=3",)}, r"`options` must be of methods that are compared, got 'nio\.steps'"),
         ({"options": ("lsuv.steps=3",)}, "an option of 'lsuv' must be one of tolerance, .*got 'steps'"),
     ],
     ids=str,
@@ -362,7 +449,7 @@ def test_a_cost_is_taken_off_to_the_nearest_update_a_slice(budget, cost, slices)
 
 def test_a_charge_is_the_initialisers_and_at_most_the_budget():
     unit = Train("lsuv", 0, 0.1, 0)
-    plan = Plan(seconds_per_update=0.5, budget=100, slices=5, charge=True)
+    plan = Plan(seconds_per_update=0.5, budget=100, slices=5, charge=True, init_share=0.25)
     assert plan.training(unit, {"updates": 30.4}) == replace(unit, slices=5, length=14, charged=30.4)
     assert plan.training(unit, {"updates": 0.2}) == replace(unit, slices=5, length=20, charged=0.2)
     assert plan.training(unit, {"updates": 1e4}) == replace(unit, slices=0, length=0, charged=100.0)
@@ -411,6 +498,153 @@ def test_a_resumed_run_goes_by_the_charge_that_was_recorded(tmp_path, single, mo
     assert training["updates"] == 6  # 5.7 left of 12, in three slices of 2
 
 
+# ---------------------------------------------------------------------------------------------- steps that fit
+LEARNED = replace(
+    SMOKE, charge=True, methods=("kaiming", "gradinit"), seeds=2, learning_rates=(0.1,), budget="400 updates"
+)
+
+
+def in_ticks(monkeypatch, *, a_step: int, an_update: float) -> list[int]:
+    """Steps of GradInit as the clock's only ticks, and an update's seconds; how many steps each call was asked for."""
+    asked: list[int] = []
+
+    def initialize(model, method, *_, on_step=None, steps=0, **__):
+        asked.append(steps)
+        for step in range(steps):
+            ticks[0] += a_step + 1000 * (step < 2)  # at first slower
+            if on_step is not None:
+                on_step({"step": step})
+        return arms.InitResult({})
+
+    ticks = [0]
+    monkeypatch.setattr(arms, "initialize", initialize)
+    monkeypatch.setattr(arms, "_now", lambda _: float(ticks[0]))
+    monkeypatch.setattr(arms, "seconds_per_update", lambda _: an_update)
+    return asked
+
+
+def test_a_learned_methods_steps_fit_its_share_and_a_resumed_run_makes_as_many(tmp_path, single, monkeypatch, capsys):
+    # a quarter of 400 updates of 0.5 s are 50 s: 7 steps of 7 s
+    asked = in_ticks(monkeypatch, a_step=7, an_update=0.5)
+    monkeypatch.setattr(Train, "do", lambda unit, *_: 1 / 0 if unit.arm == "gradinit" else unit.key | {"error": "none"})
+    folder = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):
+        run(replace(LEARNED, output=folder))
+    expected = {
+        "kind": "trial",
+        "arm": "gradinit",
+        "seconds_per_step": 7.0,
+        "steps": 7,
+        "published": 390,
+        "error": None,
+    }
+    assert records_of(folder, "trial") == [expected]
+    assert asked == [0, 6, 7]  # kaiming, trial, gradinit
+    assert "GradInit, 7 of 390 steps: as many as fit into 25 % of the budget, or 5." in capsys.readouterr().out
+
+    asked = in_ticks(monkeypatch, a_step=2, an_update=0.5)  # another clock's
+    monkeypatch.setattr(Train, "do", lambda unit, *_: unit.key | {"error": "none", "history": [], "updates": 0})
+    monkeypatch.setattr(compare, "report", lambda *_: {})
+    run(replace(LEARNED, output=folder))
+    assert records_of(folder, "trial") == [expected]
+    assert asked == [0, 7]
+    starts = [(r["arm"], r.get("steps"), r.get("published_steps")) for r in records_of(folder, "initialisation")]
+    assert starts == [("kaiming", None, None), ("gradinit", 7, 390)] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"options": ("gradinit.steps=3",)}, 3),
+        ({"init_share": None}, 390),
+        ({"init_share": 0.0}, 390),
+        ({"charge": False}, 390),
+    ],
+    ids=str,
+)
+def test_steps_that_are_chosen_otherwise_need_no_trial(tmp_path, single, monkeypatch, changes, steps):
+    asked = in_ticks(monkeypatch, a_step=7, an_update=0.5)
+    monkeypatch.setattr(Train, "do", lambda unit, *_: unit.key)
+    monkeypatch.setattr(compare, "report", lambda *_: {})
+    run(replace(LEARNED, seeds=1, output=tmp_path / "run", **changes))
+    assert records_of(tmp_path / "run", "trial") == []
+    (start,) = (r for r in records_of(tmp_path / "run", "initialisation") if r["arm"] == "gradinit")
+    assert (start["steps"], start["published_steps"]) == (steps, 390)
+    assert asked[-1] == (3 if changes.get("options") else 0)  # 0: not told
+
+
+def test_a_method_that_fails_in_its_trial_fails_in_its_initialisation(tmp_path, single, monkeypatch):
+    def initialize(model, method, *_, on_step=None, steps=0, **__):
+        raise ValueError("gradinit: no.")
+
+    monkeypatch.setattr(arms, "initialize", initialize)
+    monkeypatch.setattr(arms, "TIMED_SECONDS", 0.01)
+    run(replace(LEARNED, methods=("gradinit",), seeds=1, output=tmp_path / "run"))
+    (trial,) = records_of(tmp_path / "run", "trial")
+    assert (trial["seconds_per_step"], trial["steps"], trial["error"]) == ("nan", 390, "gradinit: no.")
+    assert [record["error"] for record in records_of(tmp_path / "run", "initialisation")] == ["gradinit: no."]
+
+
+@pytest.mark.parametrize(("fails_at", "expected"), [(1, math.nan), (2, 1010.0), (3, 1010.0), (5, 10.0), (99, 10.0)])
+def test_a_step_is_timed_over_those_that_were_made(tmp_path, single, monkeypatch, fails_at, expected):
+    in_ticks(monkeypatch, a_step=10, an_update=0.5)
+    ticking = arms.initialize
+
+    def initialize(*args, on_step, **options):
+        def failing(entry):
+            if entry["step"] + 1 == fails_at:
+                raise arms.DerivativeError("in the way")
+            on_step(entry)
+
+        return ticking(*args, on_step=failing, **options)
+
+    monkeypatch.setattr(arms, "initialize", initialize)
+    bench = Bench(SMOKE, torch.device("cpu"), tmp_path, "test")
+    seconds, failure = arms.seconds_per_step(bench, "gradinit")
+    assert seconds == pytest.approx(expected, nan_ok=True)
+    assert failure == (None if fails_at > 6 else "in the way")
+
+
+@given(
+    published=st.integers(5, 500),
+    updates=st.floats(0, 1e4),
+    per_update=st.floats(1e-4, 10),
+    per_step=st.floats(1e-4, 99),
+)
+def test_steps_are_as_many_as_fit(published, updates, per_update, per_step):
+    steps = affordable_steps(published, updates, seconds_per_update=per_update, seconds_per_step=per_step)
+    assert 5 <= steps <= published
+    assert steps == 5 or steps * per_step <= updates * per_update * (1 + 1e-12)
+    assert steps == published or (steps + 1) * per_step > updates * per_update * (1 - 1e-12)
+
+
+def test_published_steps_are_the_methods_own():
+    learned = [name for name, method in METHODS.items() if method.is_learned]
+    assert {name: published_steps(name) for name in learned} == {
+        "metainit": 500, "gradinit": 390, "nio": 100, "dimaml": 100
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.is_learned])
+def test_every_learned_method_can_be_tried(tmp_path, single, method):
+    options = ("dimaml.inner_steps=1",) if method == "dimaml" else ()
+    bench = Bench(replace(SMOKE, methods=(method,), options=options), torch.device("cpu"), tmp_path, "test")
+    seconds, failure = arms.seconds_per_step(bench, method)
+    assert failure is None
+    assert 0 < seconds < 60
+
+
+def test_a_trial_stands_before_the_arms_first_initialisation():
+    order = list(order_of_work(LEARNED))
+    assert order[:4] == [
+        Initialise("kaiming", 0),
+        Train("kaiming", 0, 0.1, 0),
+        Trial("gradinit"),
+        Initialise("gradinit", 0),
+    ]
+    assert order.count(Trial("gradinit")) == 1
+
+
 # ---------------------------------------------------------------------------------------------- small parts
 def test_a_slice_is_the_same_wherever_a_training_begins(tmp_path, single):
     bench = Bench(SMOKE, torch.device("cpu"), tmp_path, "test")  # 8 updates an epoch
@@ -432,19 +666,10 @@ def test_order_of_work_compares_all_arms_seed_by_seed():
     ]  # fmt: skip
 
 
-def test_options_are_read():
-    assert [value_of(text) for text in ("3", "1e-3", "True", "None", "(1, 2)", "'a'")] == [
-        3,
-        1e-3,
-        True,
-        None,
-        (1, 2),
-        "a",
-    ]
-    assert value_of("inf") == math.inf
-    assert value_of("adam") == "adam"
-    given = ["gradinit.step=adam", "nio.steps=3", "gradinit.eta=0.1"]
-    assert options_of("gradinit", given, "test") == {"step": "adam", "eta": 0.1}
+def test_a_method_gets_its_own_options():
+    config = replace(SMOKE, options=("gradinit.step=adam", "nio.steps=3", "gradinit.eta=0.1"))
+    assert options_for("gradinit", config, "test") == {"step": "adam", "eta": 0.1}
+    assert options_for("lsuv", config, "test") == {}
 
 
 def test_names_of_files_stay_in_the_folder():
@@ -458,9 +683,12 @@ def test_presets_are_named_and_their_networks_exist():
         make_network(config.model, num_classes=10)
 
 
-def test_a_run_whose_folder_is_held_is_refused(complete):
-    with hold(complete[0]), pytest.raises(ValueError, match="a run folder must have one writer"):
-        run(replace(SMOKE, output=complete[0]))
+def test_a_run_whose_folder_another_process_works_in_is_refused(complete):
+    asked = json.loads((complete[0] / "config.json").read_text("utf-8"))
+    held = open_run("compare", asked, seed=0, output=complete[0])
+    done = run_command("--output", str(held.folder))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: open_run: a run folder must have one writer")
 
 
 def test_on_real_data(real_data, tmp_path, single):

@@ -316,7 +316,7 @@ def test_gpt2_on_characters_from_a_configuration(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "No findings." in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "environment.json", "summary.json", "page.html", "layers.csv"
+        "config.json", "environment.json", "metrics.jsonl", "summary.json", "page.html", "layers.csv"
     }  # fmt: skip
     summary = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))
     assert summary["loss"] == pytest.approx(summary["chance"], abs=0.5)

@@ -1,6 +1,5 @@
-"""One writer a run folder, and workers that share its work: what they do, what they say, and how they end."""
+"""Workers that share a run's work: what they do, what they say, and how they end."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -11,47 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reproduce import processes
-from reproduce.processes import Workers, hold
+from common.types import DerivativeError
+from reproduce.processes import Workers
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
-
-
-def test_a_folder_has_one_writer(tmp_path):
-    with hold(tmp_path), pytest.raises(ValueError, match="a run folder must have one writer"), hold(tmp_path):
-        pass
-    with hold(tmp_path):
-        pass
-
-
-def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
-    code = (
-        "import sys, time, pathlib; from reproduce.processes import hold\n"
-        "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match="another process is at work"), hold(tmp_path):
-        pass
-    holder.send_signal(signal.SIGKILL)
-    holder.communicate()
-    with hold(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EIO, False)])
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, number, goes_on):
-    def flock(*_):
-        raise OSError(number, "as the kernel says")
-
-    monkeypatch.setattr(processes.fcntl, "flock", flock)
-    if goes_on:
-        with pytest.warns(UserWarning, match="has no locks: see to it that no other process"), hold(tmp_path):
-            pass
-    else:
-        with pytest.raises(OSError, match="as the kernel says"), hold(tmp_path):
-            pass
 
 
 def make_do(index: int):
@@ -61,6 +23,10 @@ def make_do(index: int):
         advance(0.5)
         if unit == "mistake":
             raise ValueError("a user's mistake")
+        if unit == "layer":
+            raise DerivativeError("a layer is in the way")
+        if unit == "memory":
+            raise torch.OutOfMemoryError("Tried\nto allocate.")
         if unit == "error":
             raise KeyError("a bug")
         if unit == "end":
@@ -86,6 +52,8 @@ def test_workers_do_units_and_say_what_went_wrong():
         assert {done[unit]["index"] for unit in ("first", "second")} == {0, 1}
         for unit, kind, message in (
             ("mistake", ValueError, "a user's mistake"),
+            ("layer", ValueError, "a layer is in the way"),
+            ("memory", ValueError, "the memory must hold the computation, got: Tried to allocate. Lower"),
             ("error", RuntimeError, r"a unit of work raised.\n(?s:.*)KeyError: 'a bug'"),
             ("end", RuntimeError, "a worker must live as long as the run, got exit status 3"),
         ):
