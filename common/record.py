@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,7 +68,10 @@ class Run:
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         partial = self.folder / f"{name}.partial"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, dict(metadata))
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"Run.save_tensors: {partial} must be writable, got: {error}. Is the disk full?") from error
         partial.replace(self.folder / f"{name}.safetensors")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -114,7 +118,7 @@ def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -
     """
     path = run.folder / "environment.json"
     if path.exists():
-        begun = json.loads(path.read_text("utf-8"))["data"]
+        begun = _read_object(path, path.read_bytes())["data"]
         # the content alone: the same images may come from the hub at first and from its cache later
         if begun["sha256"] != data["sha256"]:
             raise ValueError(
@@ -182,7 +186,7 @@ def _check_resumable(folder: Path, wanted: Mapping[str, Any]) -> None:
     """A run of that configuration, or nothing yet."""
     path = folder / "config.json"
     if path.exists():
-        found = json.loads(path.read_text("utf-8"))
+        found = _read_object(path, path.read_bytes())
         if found != wanted:
             differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
             raise ValueError(
@@ -252,7 +256,26 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    return [_read_object(path, line, number) for number, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+
+
+def _read_object(path: Path, text: bytes, line: int | None = None) -> dict[str, Any]:
+    """The object that the text, a line of the file or all of it, was written from.
+
+    Raises:
+        ValueError: It is damaged: what follows from it is not known.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, or nested without end
+        value = None
+    if not isinstance(value, dict):
+        where = path if line is None else f"line {line} of {path}"
+        raise ValueError(
+            f"open_run: {where} must be a JSON object as it was written, got {text[:40]!r}. The file is damaged: mend "
+            "it or take it out, or give another folder."
+        )
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -146,6 +146,9 @@ def train(
 
     Returns:
         The history, and whether the run diverged (a result, not an error).
+
+    Raises:
+        OSError: The checkpoint cannot be written, or is not one of this training: it is kept, and nothing in it is run.
     """
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -219,18 +222,27 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, histor
         "random": torch.get_rng_state(),  # dropout's
         "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    torch.save(state, partial)
+    try:
+        torch.save(state, partial)
+    except RuntimeError as error:  # torch has no type of its own for a file that it cannot write
+        raise OSError(f"train: the checkpoint {path} must be writable, got: {error} Is the disk full?") from error
     partial.replace(path)
 
 
 def _resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
     if path is None or not path.exists():
         return []
-    # tensors and plain numbers only: no pickled code is run
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    if torch.cuda.is_available() and state["cuda_random"]:
-        torch.cuda.set_rng_state_all(state["cuda_random"])
-    return state["history"]
+    try:
+        # tensors and plain numbers only: no pickled code is run
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and state["cuda_random"]:
+            torch.cuda.set_rng_state_all(state["cuda_random"])
+        return state["history"]
+    except Exception as error:  # torch has many types for what a file may have that it did not write
+        raise OSError(
+            f"train: {path} must be a checkpoint that this training wrote, got a file that is damaged or of another "
+            f"kind ({type(error).__name__}). Delete it: the training then begins anew."
+        ) from error

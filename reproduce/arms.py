@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -490,20 +491,11 @@ class Train:
         if self.slices == 0:
             ended = {"epoch": 0, "train_loss": math.nan, **bench.evaluate(model, loss_fn), "seconds": 0.0}
             return TrainingResult([ended], diverged=False)
-        unfinished = checkpoint.with_suffix(".partial")
-        unfinished.unlink(missing_ok=True)
-        try:
-            return train(
-                model, loss_fn, Stream(bench, self.seed, self.length), lambda model: bench.evaluate(model, loss_fn),
-                steps_per_epoch=self.length, config=bench.recipe(self.slices, self.learning_rate),
-                checkpoint=checkpoint, on_epoch=on_slice,
-            )  # fmt: skip
-        except RuntimeError as error:
-            if unfinished.exists():  # torch has no type of its own for a file that it cannot write
-                raise OSError(
-                    f"{bench.caller}: {checkpoint} must be writable, got: {error} Is the disk full?"
-                ) from error
-            raise
+        return train(
+            model, loss_fn, Stream(bench, self.seed, self.length), lambda model: bench.evaluate(model, loss_fn),
+            steps_per_epoch=self.length, config=bench.recipe(self.slices, self.learning_rate), checkpoint=checkpoint,
+            on_epoch=on_slice,
+        )  # fmt: skip
 
 
 Unit = Timing | Trial | Initialise | Train
@@ -564,4 +556,10 @@ def _kept(path: Path) -> dict[str, Tensor]:
             f"compare: the weights of a finished initialisation must be in the run folder, got no {path.name}. "
             "Put it back, or begin anew in another folder."
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"compare: the weights in {path} must be as they were written, got a damaged file ({error}). Put it back, "
+            "or begin anew in another folder."
+        ) from error

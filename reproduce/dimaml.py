@@ -252,6 +252,8 @@ class Bench(ABC):
         told.start.save(laws_path(self.folder, "start", unit))
         learned.save(laws_path(self.folder, "laws", unit))
         checkpoint.unlink()
+        for unfinished in self.folder.glob(f".*-{unit.source}-{unit.family}.safetensors.*.partial"):
+            unfinished.unlink()  # of a process that was killed while it wrote
         return unit.key | {
             "history": [{key: as_recorded(value) for key, value in entry.items()} for entry in learned.history],
             "laws": len(learned.families),
