@@ -82,8 +82,8 @@ PRESETS = {
     ),
     "quick": Config(
         preset="quick", image_size=16, classes=20, train_images=4000, held_out_images=1000, width=8,
-        learning_rate=0.05, inner_steps=160, first_evaluation=80, eval_every=40, meta_steps=22, meta_lr_normal=2e-3,
-        meta_lr_plif=3e-2,
+        learning_rate=0.03, inner_steps=100, first_evaluation=50, eval_every=25, meta_steps=20, meta_lr_normal=1e-3,
+        meta_lr_plif=1e-2,
         draws=1, antithetic=False, batch_size=32, held_out_batch_size=64, seeds=5, updates=31, evaluations=10,
         metainit_steps=50, metainit_batch_size=16,
     ),
