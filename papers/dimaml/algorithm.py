@@ -343,10 +343,7 @@ class _MetaGradient:
 
     def of(self, laws: InitDistribution) -> tuple[Params | None, dict[str, float], str]:
         """G and what was measured; or no G, and what was not finite."""
-        try:
-            return self.side_by_side(laws) if self.vmap else self.in_turn(laws)
-        except NotFiniteError as error:
-            return None, {}, str(error).removeprefix("unroll: ")
+        return self.side_by_side(laws) if self.vmap else self.in_turn(laws)
 
     def in_turn(self, laws: InitDistribution) -> tuple[Params | None, dict[str, float], str]:
         G: Params | None = None
@@ -366,8 +363,13 @@ class _MetaGradient:
                     on_state=trace,
                     **self.through,
                 )
-                with self.source.naming_the_layer(held_out[0]):
-                    L, d = meta_gradient(laws, self.source.model, objective, self.generator, antithetic=self.antithetic)
+                try:
+                    with self.source.naming_the_layer(held_out[0]):
+                        L, d = meta_gradient(
+                            laws, self.source.model, objective, self.generator, antithetic=self.antithetic
+                        )
+                except NotFiniteError as error:
+                    return _nothing(error)
                 losses.append(L)
                 G = d if G is None else tree_add(G, d)
         measured, odd = trace.measured()
@@ -400,17 +402,20 @@ class _MetaGradient:
         )
         train, held_out = tasks[0] if shared else (_Stacked([task[part] for task in tasks]) for part in (0, 1))
         trace = _Trace(self.V[-1], len(self.V), rows=len(rows))
-        with self.source.naming_the_layer(tasks[0][1][0]):
-            L = loss_auc(
-                {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
-                step,
-                lambda theta, batch: held_out_losses(theta, batch).mean(),
-                train,
-                {t: held_out[k] for k, t in enumerate(self.V)},
-                on_state=trace,
-                **self.through,
-            )
-            G = tape(L, psi, keep=False)
+        try:
+            with self.source.naming_the_layer(tasks[0][1][0]):
+                L = loss_auc(
+                    {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
+                    step,
+                    lambda theta, batch: held_out_losses(theta, batch).mean(),
+                    train,
+                    {t: held_out[k] for k, t in enumerate(self.V)},
+                    on_state=trace,
+                    **self.through,
+                )
+                G = tape(L, psi, keep=False)
+        except NotFiniteError as error:
+            return _nothing(error)
         measured, odd = trace.measured()
         measured["loss"] = L.item()
         return (None if odd else G), measured, odd
@@ -431,6 +436,11 @@ class _MetaGradient:
             "exact_kernels": self.source.exact,
             "generator": self.generator.device.type,
         }
+
+
+def _nothing(error: NotFiniteError) -> tuple[None, dict[str, float], str]:
+    """No meta-gradient, nothing measured, and why."""
+    return None, {}, str(error).removeprefix("unroll: ")
 
 
 def _moving(
