@@ -532,7 +532,7 @@ MUTANTS = {
     "masks held out": (check_dropout, "=make(),", "=lambda p, b, own=make(seed=0): own(p, b),"),
     "never first order": (check_first_order, INNER, INNER.replace("=self.first_order", "=False")),
     "always first order": (check_plain, INNER, INNER.replace("=self.first_order", "=True")),
-    "half applied": (check_skipping, "return _nothing(error)\n                losses", "continue\n                losses"),
+    "half applied": (check_skipping, f"return _nothing(error)\n{16 * ' '}losses", f"continue\n{16 * ' '}losses"),
     "released does not zero": (check_infinite_entries, ZEROED, "return G, float(count)"),
     "released clips": (check_infinite_entries, ZEROED, ZEROED.replace("0.0), G)", "0.0), clip_norm(G, clip))")),
     "released for all": (check_skipping, 'if variant != "released":', "if False:"),
