@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
 
-FULL_DISKS = 2
+FULL_DISKS = 1
 
 
 @dataclass(frozen=True)
