@@ -33,6 +33,8 @@ from reproduce.dimaml_report import LEARNED, Shown, print_report, save_figure, s
 from reproduce.processes import Advance, Do, Here, Record, Workers
 
 FamilyName = Literal["normal", "plif"]
+IMAGE_SETS = {"tiny-imagenet": "Tiny ImageNet", "cifar10": "CIFAR-10", "digits": "digits"}
+"""The image sets that there are experiments on, for people."""
 TRUNCATED = 0.008
 """What the released code cuts off of each tail where a PLIF starts from a Normal law."""
 
@@ -89,6 +91,11 @@ class Options:
     """Of the arm MetaInit; 200 as released, and 150 for some runs."""
     metainit_batch_size: int
     """Of its batches of noise."""
+
+    @property
+    def held_out_batches(self) -> int:
+        """|V|, held-out batches of a task."""
+        return len(evaluation_steps(self.inner_steps, self.eval_every, self.first_evaluation))
 
 
 # ---------------------------------------------------------------------------------------------- units of work

@@ -27,6 +27,7 @@ from papers.dimaml import InitDistribution
 from papers.metainit import metainit
 from reproduce.command import end_well, parse
 from reproduce.dimaml import (
+    IMAGE_SETS,
     Bench,
     Learn,
     Learning,
@@ -169,7 +170,7 @@ class AutoencoderBench(Bench):
 
     def shown(self) -> Shown:
         config, sets = self.config, self.sets
-        source, target = (NAMES[data.name] for data in self.loaded)
+        source, target = (IMAGE_SETS[data.name] for data in self.loaded)
         size = sets["cifar10"].train.shape[-1]
         return Shown(
             metric="test_error",
@@ -197,7 +198,7 @@ class AutoencoderBench(Bench):
     def learning(self, unit: Learn) -> Learning:
         config, own = self.config, self.sets["source"]
         model = self.make_model("source").to(self.device)
-        evaluations = (config.inner_steps - config.first_evaluation) // config.eval_every + 1
+        evaluations = config.held_out_batches
         batches = config.inner_steps // config.task_epochs
 
         def sampler(generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
@@ -256,9 +257,6 @@ class AutoencoderBench(Bench):
         model.eval()
         errors = [reconstruction_loss(model, own.standardised(part)) * len(part) for part in own.test.split(500)]
         return {"test_error": (torch.stack(errors).sum() / len(own.test)).item()}
-
-
-NAMES = {"tiny-imagenet": "Tiny ImageNet", "cifar10": "CIFAR-10", "digits": "digits"}
 
 
 def load_pair(config: Config) -> tuple[ImageData, ImageData]:

@@ -183,7 +183,7 @@ class CharacterBench(Bench):
     def learning(self, unit: Learn) -> Learning:
         config, corpus = self.config, self.corpora[unit.source]
         model = self.make_model(unit.source).to(self.device)
-        evaluations = (config.inner_steps - config.first_evaluation) // config.eval_every + 1
+        evaluations = config.held_out_batches
 
         def sampler(generator: torch.Generator) -> tuple[list[CharacterBatch], list[CharacterBatch]]:
             task = sample_character_task(

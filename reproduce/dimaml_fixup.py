@@ -29,6 +29,7 @@ from papers.dimaml import InitDistribution
 from papers.metainit import metainit
 from reproduce.command import end_well, parse
 from reproduce.dimaml import (
+    IMAGE_SETS,
     Bench,
     FamilyName,
     Learn,
@@ -128,7 +129,7 @@ class FixupBench(Bench):
 
     def shown(self) -> Shown:
         config = self.config
-        source, target = (NAMES[data.name] for data in self.loaded)
+        source, target = (IMAGE_SETS[data.name] for data in self.loaded)
         size = self.target.train.images.shape[-1]
         return Shown(
             metric="test_loss",
@@ -157,7 +158,7 @@ class FixupBench(Bench):
         config, data = self.config, self.loaded[0]
         train, held_out = self.parts
         model = self.make_model("source").to(self.device)
-        evaluations = (config.inner_steps - config.first_evaluation) // config.eval_every + 1
+        evaluations = config.held_out_batches
         sample = partial(sample_batches, mean=data.mean, std=data.std)
 
         def sampler(generator: torch.Generator) -> tuple[list[Batch], list[Batch]]:
@@ -219,9 +220,6 @@ class FixupBench(Bench):
         batches = evaluation_batches(data.test, 500, mean=data.mean, std=data.std, device=self.device)
         metrics = classification_metrics(model, batches)
         return {"test_loss": metrics["test_loss"], "test_error": 100 * (1 - metrics["test_accuracy"])}
-
-
-NAMES = {"tiny-imagenet": "Tiny ImageNet", "cifar10": "CIFAR-10", "digits": "digits"}
 
 
 def load_pair(config: Config) -> tuple[ImageData, ImageData]:
