@@ -18,8 +18,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from common.functional import load_parameters_
-from common.initializers import delta_orthogonal_
 from common.optimizers import Optimizer
 from common.options import check_positive, check_whole
 from common.precision import full_precision
@@ -28,13 +26,11 @@ from common.training import TrainingConfig, train
 from common.types import Batch, UserLoss
 from papers.dimaml import PLIF, InitDistribution, Normal, dimaml, evaluation_steps
 from papers.dimaml.distributions import Family
-from reproduce.command import begin, make_progress
+from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.dimaml_report import LEARNED, Shown, print_report, save_figure, save_laws, summarise
 from reproduce.processes import Advance, Do, Here, Record, Workers
 
 FamilyName = Literal["normal", "plif"]
-IMAGE_SETS = {"tiny-imagenet": "Tiny ImageNet", "cifar10": "CIFAR-10", "digits": "digits"}
-"""The image sets that there are experiments on, for people."""
 TRUNCATED = 0.008
 """What the released code cuts off of each tail where a PLIF starts from a Normal law."""
 
@@ -168,6 +164,15 @@ class Bench(ABC):
 
     name: ClassVar[str]
     baselines: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: Any) -> None:
+        """Mistakes in the experiment's own options.
+
+        Raises:
+            ValueError: There is one.
+        """
 
     def __init__(self, config: Any, device: torch.device, folder: Path) -> None:
         self.config, self.device, self.folder = config, device, folder
@@ -321,18 +326,6 @@ def released_start(law: Literal["normal", "uniform"], scale: float, family: Fami
     return PLIF.from_quantiles(lambda u: 2 * u - 1, pieces, 0.0, scale=scale)
 
 
-def delta_orthogonal_convolutions_(model: nn.Module, generator: torch.Generator) -> None:
-    """As released: convolutions alone, transposed ones among them, with gain √2; all else stays as it is."""
-    others = {name: leaf.detach().clone() for name, leaf in model.named_parameters() if leaf.ndim != 4}
-    delta_orthogonal_(model, generator=generator, gain=2**0.5)
-    load_parameters_(model, others)
-
-
-def held_out_of(images: int, wanted: int) -> int:
-    """How many of a source's images are held out: as many as wanted, and a fifth at most (the digits are few)."""
-    return min(wanted, max(1, images // 5))
-
-
 def of_several(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of several data sets, with a fingerprint of all of them."""
     digest = hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()
@@ -341,6 +334,11 @@ def of_several(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- the run
+def command(make: type[Bench], presets: Mapping[str, Options], description: str) -> None:
+    """What `python -m reproduce.NAME` does."""
+    end_well(lambda: run(make, parse(presets, description)))
+
+
 def check_options(config: Options, experiment: str) -> None:
     """Mistakes that would otherwise show after minutes of work."""
     check_whole(
@@ -365,6 +363,7 @@ def check_options(config: Options, experiment: str) -> None:
 def run(make: type[Bench], config: Any) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then tables, figures and summary from its records."""
     check_options(config, make.name)
+    make.check(config)
     console = Console()
     device = device_of(config.device, make.name)
     folder = begin(make.name, config, console)

@@ -8,9 +8,9 @@ image's neighbourhoods is left. Pixels are standardised one by one, so that an e
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +21,18 @@ from common.optimizers import sgd
 from common.options import check_positive, check_whole
 from common.training import TrainingConfig
 from common.types import Batch, UserLoss
-from data import ImageData, load_images, pixel_permutation, pixel_statistics, shuffle_pixels, standardise_pixels
+from data import ImageData, pixel_permutation, pixel_statistics, shuffle_pixels, standardise_pixels
 from data.pixels import PixelStatistics
 from papers.dimaml import InitDistribution
 from papers.metainit import metainit
-from reproduce.command import end_well, parse
-from reproduce.dimaml import (
+from reproduce.dimaml import Bench, Learn, Learning, Train, command, of_several
+from reproduce.dimaml_images import (
     IMAGE_SETS,
-    Bench,
-    Learn,
-    Learning,
-    Options,
-    Train,
+    ImageOptions,
+    checked_and_shrunk,
     delta_orthogonal_convolutions_,
     held_out_of,
-    of_several,
-    run,
+    load_both,
 )
 from reproduce.dimaml_report import LEARNED, Shown
 
@@ -44,18 +40,9 @@ EXPERIMENT = "dimaml_autoencoder"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(ImageOptions):
     """Options. A preset sets them all; each can be overridden."""
 
-    data: Literal["auto", "images", "digits"] = "auto"
-    """images: Tiny ImageNet and CIFAR-10, from the folder, the Hugging Face cache or the hub. digits: scikit-learn's,
-    for both. auto: the images, or else the digits."""
-    image_size: int | None = None
-    """Images are shrunk to so many pixels a side; None: as they are."""
-    train_images: int | None = None
-    """Training images of each set, class-balanced; None: all."""
-    held_out_images: int = 1000
-    """Further training images of the source, for the evaluations in V; a fifth of what there is at most."""
     test_images: int | None = None
     """Test images of each target; None: all."""
     width: int = 32
@@ -131,6 +118,23 @@ class AutoencoderBench(Bench):
     name = EXPERIMENT
     baselines = ("kaiming", "he", "default", "delta-orthogonal", "metainit")
     config: Config
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_whole(
+            EXPERIMENT, smallest=1, held_out_images=config.held_out_images, task_epochs=config.task_epochs,
+            train_images=1 if config.train_images is None else config.train_images,
+            test_images=1 if config.test_images is None else config.test_images, code=config.code,
+        )  # fmt: skip
+        check_positive(EXPERIMENT, learning_rate=config.learning_rate)
+        Autoencoder(
+            32 if config.image_size is None else config.image_size, width=config.width, code=config.code
+        )  # which says what it cannot be
+        if config.inner_steps % config.task_epochs:
+            raise ValueError(
+                f"{EXPERIMENT}: `inner_steps` must be a multiple of `task_epochs`, got {config.inner_steps} and "
+                f"{config.task_epochs}."
+            )
 
     @cached_property
     def loaded(self) -> tuple[ImageData, ImageData]:
@@ -260,27 +264,13 @@ class AutoencoderBench(Bench):
 
 
 def load_pair(config: Config) -> tuple[ImageData, ImageData]:
-    """Source and target, shrunk; both are the digits where there are no images to be had.
-
-    Raises:
-        FileNotFoundError: One cannot be had, and either it was asked for or the other one is there.
-        ValueError: Too few images.
-    """
-    load = partial(load_images, data_dir=config.data_dir, test=config.test_images)
-    more = config.train_images and config.train_images + config.held_out_images
-    name = {"auto": "auto", "images": "cifar10", "digits": "digits"}[config.data]
-    target = load(name, train=config.train_images)
-    source = load("digits" if target.name == "digits" else "tiny-imagenet", train=more)
-    left = len(source.train) - held_out_of(len(source.train), config.held_out_images)
-    if min(left, len(target.train)) < config.batch_size:
-        raise ValueError(
-            f"{EXPERIMENT}: source and target must have a batch of {config.batch_size} training images, got {left} of "
-            f"{source.identity} besides those held out, and {len(target.train)} of {target.identity}. Use smaller "
-            "batches."
-        )
-    if config.image_size is None:
-        return source, target
-    return source.resized(config.image_size), target.resized(config.image_size)
+    """Source and target, as `load_both` and `checked_and_shrunk` say."""
+    target, source = load_both(
+        config,
+        cifar10={"train": config.train_images, "test": config.test_images},
+        tiny_imagenet={"train": config.source_images, "test": config.test_images},
+    )
+    return checked_and_shrunk(source, target, config, EXPERIMENT)
 
 
 def draw(images: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -301,30 +291,8 @@ def images_of_noise(shape: tuple[int, ...], generator: torch.Generator, device: 
         yield torch.randn(shape, generator=generator).to(device)
 
 
-def check_config(config: Config) -> None:
-    check_whole(
-        EXPERIMENT, smallest=1, held_out_images=config.held_out_images, task_epochs=config.task_epochs,
-        train_images=1 if config.train_images is None else config.train_images,
-        test_images=1 if config.test_images is None else config.test_images, code=config.code,
-    )  # fmt: skip
-    check_positive(EXPERIMENT, learning_rate=config.learning_rate)
-    Autoencoder(
-        32 if config.image_size is None else config.image_size, width=config.width, code=config.code
-    )  # which says what it cannot be
-    if config.inner_steps % config.task_epochs:
-        raise ValueError(
-            f"{EXPERIMENT}: `inner_steps` must be a multiple of `task_epochs`, got {config.inner_steps} and "
-            f"{config.task_epochs}."
-        )
-
-
 def main() -> None:
-    def checked() -> None:
-        config = parse(PRESETS, __doc__ or "")
-        check_config(config)
-        run(AutoencoderBench, config)
-
-    end_well(checked)
+    command(AutoencoderBench, PRESETS, __doc__ or "")
 
 
 if __name__ == "__main__":

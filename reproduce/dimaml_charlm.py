@@ -34,8 +34,7 @@ from data import (
 )
 from papers.dimaml import InitDistribution
 from papers.metainit import metainit
-from reproduce.command import end_well, parse
-from reproduce.dimaml import Bench, Learn, Learning, Options, Train, of_several, released_start, run
+from reproduce.dimaml import Bench, Learn, Learning, Options, Train, command, of_several, released_start
 from reproduce.dimaml_report import LEARNED, Shown
 
 EXPERIMENT = "dimaml_charlm"
@@ -133,6 +132,17 @@ class CharacterBench(Bench):
     name = EXPERIMENT
     baselines = ("kaiming", "he", "default", "orthogonal", "metainit")
     config: Config
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_whole(
+            EXPERIMENT, smallest=1, embedding=config.embedding, hidden=config.hidden, length=config.length,
+            test_characters=1 if config.test_characters is None else config.test_characters,
+            test_streams=config.test_streams,
+        )  # fmt: skip
+        check_positive(EXPERIMENT, learning_rate=config.learning_rate)
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"{EXPERIMENT}: `dropout` must lie in [0, 1), got {config.dropout}.")
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
@@ -253,18 +263,6 @@ class CharacterBench(Bench):
         return {"bits_per_character": bits_per_character(model, batchify(ids, self.config.test_streams))}
 
 
-def check_config(config: Config) -> None:
-    """Mistakes that would otherwise show after the data are loaded, or laws are learned."""
-    check_whole(
-        EXPERIMENT, smallest=1, embedding=config.embedding, hidden=config.hidden, length=config.length,
-        test_characters=1 if config.test_characters is None else config.test_characters,
-        test_streams=config.test_streams,
-    )  # fmt: skip
-    check_positive(EXPERIMENT, learning_rate=config.learning_rate)
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"{EXPERIMENT}: `dropout` must lie in [0, 1), got {config.dropout}.")
-
-
 def load_pair(config: Config) -> tuple[TextData, TextData]:
     """Both corpora, or both embedded texts.
 
@@ -288,12 +286,7 @@ def random_characters(
 
 
 def main() -> None:
-    def checked() -> None:
-        config = parse(PRESETS, __doc__ or "")
-        check_config(config)
-        run(CharacterBench, config)
-
-    end_well(checked)
+    command(CharacterBench, PRESETS, __doc__ or "")
 
 
 if __name__ == "__main__":

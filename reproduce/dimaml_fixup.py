@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,23 +24,17 @@ from common.optimizers import sgd
 from common.options import check_positive, check_whole
 from common.training import TrainingConfig, classification_metrics
 from common.types import Batch, UserLoss
-from data import ImageData, ImageSplit, evaluation_batches, load_images, sample_batches
+from data import ImageData, ImageSplit, evaluation_batches, sample_batches
 from papers.dimaml import InitDistribution
 from papers.metainit import metainit
-from reproduce.command import end_well, parse
-from reproduce.dimaml import (
+from reproduce.dimaml import Bench, FamilyName, Learn, Learning, Train, command, of_several, released_start
+from reproduce.dimaml_images import (
     IMAGE_SETS,
-    Bench,
-    FamilyName,
-    Learn,
-    Learning,
-    Options,
-    Train,
+    ImageOptions,
+    checked_and_shrunk,
     delta_orthogonal_convolutions_,
     held_out_of,
-    of_several,
-    released_start,
-    run,
+    load_both,
 )
 from reproduce.dimaml_report import LEARNED, Shown
 
@@ -52,20 +46,11 @@ DROPS = (30 / 70, 50 / 70)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(ImageOptions):
     """Options. A preset sets them all; each can be overridden."""
 
-    data: Literal["auto", "images", "digits"] = "auto"
-    """images: CIFAR-10 and Tiny ImageNet, from the folder, the Hugging Face cache or the hub. digits: scikit-learn's,
-    for both. auto: the images, or else the digits."""
-    image_size: int | None = None
-    """Images are shrunk to so many pixels a side; None: as they are."""
     classes: int | None = None
     """So many of the target's classes, the first; None, or more than it has: all."""
-    train_images: int | None = None
-    """Training images of the source, class-balanced; None: all."""
-    held_out_images: int = 10_000
-    """Further training images of the source, for the evaluations in V; as released, a fifth of all, and never more."""
     width: int = 64
     """Channels of the first stage: as released."""
     learning_rate: float = 0.1
@@ -101,6 +86,19 @@ class FixupBench(Bench):
     name = EXPERIMENT
     baselines = ("fixup", "delta-orthogonal", "metainit")
     config: Config
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_whole(
+            EXPERIMENT, smallest=1, held_out_images=config.held_out_images, width=config.width,
+            train_images=1 if config.train_images is None else config.train_images,
+            image_size=1 if config.image_size is None else config.image_size,
+        )  # fmt: skip
+        check_positive(EXPERIMENT, learning_rate=config.learning_rate)
+        if config.clip_norm is not None:
+            check_positive(EXPERIMENT, " Pass None for no bound.", clip_norm=config.clip_norm)
+        if config.classes is not None:
+            check_whole(EXPERIMENT, smallest=2, classes=config.classes)
 
     @cached_property
     def loaded(self) -> tuple[ImageData, ImageData]:
@@ -223,51 +221,15 @@ class FixupBench(Bench):
 
 
 def load_pair(config: Config) -> tuple[ImageData, ImageData]:
-    """Source and target, shrunk; both are the digits where there are no images to be had.
-
-    Raises:
-        FileNotFoundError: One cannot be had, and either it was asked for or the other one is there.
-        ValueError: Too few images, or fewer classes than asked for.
-    """
-    more = config.train_images and config.train_images + config.held_out_images
-    name = {"auto": "auto", "images": "cifar10", "digits": "digits"}[config.data]
-    source = load_images(name, data_dir=config.data_dir, train=more)
-    target = load_images("digits" if source.name == "digits" else "tiny-imagenet", data_dir=config.data_dir)
+    """Source and target, as `load_both` and `checked_and_shrunk` say; of the target, the classes asked for."""
+    source, target = load_both(config, cifar10={"train": config.source_images}, tiny_imagenet={})
     if config.classes is not None:
         target = target.of_classes(min(config.classes, target.num_classes))
-    held_out = held_out_of(len(source.train), config.held_out_images)
-    left = len(source.train) - held_out
-    if min(left, len(target.train)) < config.batch_size or held_out < config.held_out_batch_size:
-        raise ValueError(
-            f"{EXPERIMENT}: source and target must have a batch of {config.batch_size} training images, and those held "
-            f"out be one of {config.held_out_batch_size}, got {left} and {held_out} of {source.identity}, and "
-            f"{len(target.train)} of {target.identity}. Use smaller batches."
-        )
-    if config.image_size is None:
-        return source, target
-    return source.resized(config.image_size), target.resized(config.image_size)
+    return checked_and_shrunk(source, target, config, EXPERIMENT)
 
 
 def main() -> None:
-    def checked() -> None:
-        config = parse(PRESETS, __doc__ or "")
-        check_config(config)
-        run(FixupBench, config)
-
-    end_well(checked)
-
-
-def check_config(config: Config) -> None:
-    check_whole(
-        EXPERIMENT, smallest=1, held_out_images=config.held_out_images, width=config.width,
-        train_images=1 if config.train_images is None else config.train_images,
-        image_size=1 if config.image_size is None else config.image_size,
-    )  # fmt: skip
-    check_positive(EXPERIMENT, learning_rate=config.learning_rate)
-    if config.clip_norm is not None:
-        check_positive(EXPERIMENT, " Pass None for no bound.", clip_norm=config.clip_norm)
-    if config.classes is not None:
-        check_whole(EXPERIMENT, smallest=2, classes=config.classes)
+    command(FixupBench, PRESETS, __doc__ or "")
 
 
 if __name__ == "__main__":

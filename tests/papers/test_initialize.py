@@ -22,7 +22,7 @@ from papers.gradinit import gradinit
 from papers.metainit import metainit
 from papers.nio import nio
 from tests.conftest import ROOT
-from tests.papers.models import assert_same_state, mlp, state_of
+from tests.papers.models import CubedOnce, assert_same_state, mlp, state_of
 
 BASELINES = [name for name, method in METHODS.items() if not method.is_learned]
 LEARNED = {"metainit": {"steps": 2}, "gradinit": {"steps": 2}, "nio": {"steps": 2},
@@ -416,22 +416,7 @@ def test_wrapped_models_are_refused_by_every_method(method):
 
 
 def test_a_layer_in_the_way_of_a_derivative_is_named():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x**3
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, h):
-            return 3 * ctx.saved_tensors[0] ** 2 * h
-
-    class Cubed(nn.Module):
-        def forward(self, x):
-            return Once.apply(x)
-
-    model = nn.Sequential(nn.Linear(4, 3), Cubed())
+    model = nn.Sequential(nn.Linear(4, 3), CubedOnce())
     before = state_of(model)
     for method in ("gradinit", "nio", "dimaml"):
         with pytest.raises(DerivativeError, match=rf"{method}: .*once_differentiable"):

@@ -20,7 +20,7 @@ from common.networks import CharLSTM, FixupResNet18
 from common.training import TrainingResult
 from data import ImageSplit
 from papers.dimaml import InitDistribution, Normal
-from reproduce import dimaml, dimaml_autoencoder, dimaml_charlm, dimaml_fixup
+from reproduce import dimaml, dimaml_autoencoder, dimaml_charlm, dimaml_fixup, dimaml_images
 from reproduce.dimaml import Bench, Learn, Train
 from reproduce.dimaml_autoencoder import AutoencoderBench
 from reproduce.dimaml_charlm import CharacterBench
@@ -773,7 +773,7 @@ def test_every_preset_passes_the_checks(name):
     for preset, config in module.PRESETS.items():
         assert config.preset == preset
         dimaml.check_options(config, module.EXPERIMENT)
-        module.check_config(config)
+        EXPERIMENTS[name].bench.check(config)
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "fixup"])
@@ -837,7 +837,7 @@ def test_which_images_are_taken(benches, monkeypatch, name, asked, found, names)
         calls.append(wanted)
         return replace(digits[0], name=found if wanted == "auto" else wanted)
 
-    monkeypatch.setattr(module, "load_images", load_images)
+    monkeypatch.setattr(dimaml_images, "load_images", load_images)
     source, target = module.load_pair(replace(module.PRESETS["smoke"], data=asked, image_size=None))
     assert (source.name, target.name) == names
     assert calls[0] == {"auto": "auto", "images": "cifar10"}[asked]

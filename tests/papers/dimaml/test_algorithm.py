@@ -25,7 +25,7 @@ from data.text import sample_character_task
 from papers.dimaml import PLIF, InitDistribution, Normal, algorithm, dimaml, files, loss_auc, released_inner
 from papers.dimaml.objective import losses_of_rows
 from tests.mutation import fails, mutated
-from tests.papers.models import assert_same_state, mlp, state_of
+from tests.papers.models import CubedOnce, assert_same_state, mlp, state_of
 from tests.papers.networks import NETWORKS, Tied, make, sequences
 
 QUIET = {"progress": False}
@@ -1191,25 +1191,8 @@ def test_a_model_that_draws_in_evaluation_is_refused():
         dimaml(model, task_sampler=[GOOD], meta_steps=1, **OPTIONS)
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, h):
-        return 3 * ctx.saved_tensors[0] ** 2 * h
-
-
-class Cubed(nn.Module):
-    def forward(self, x):
-        return Once.apply(x)
-
-
 def test_a_layer_without_a_second_derivative_is_refused_but_in_first_order():
-    model = nn.Sequential(nn.Linear(4, 6), Cubed(), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(4, 6), CubedOnce(), nn.Linear(6, 3))
     before = state_of(model)
     with pytest.raises(DerivativeError, match=r"dimaml: every layer must have a second derivative, .*once_different"):
         dimaml(model, task_sampler=[GOOD], meta_steps=1, **OPTIONS)

@@ -18,7 +18,7 @@ from papers.gradinit import batch_pairs, gradinit, relative_gradient_variance
 from papers.gradinit.objective import gradient_norm, look_ahead_loss
 from tests.conftest import ROOT
 from tests.mutation import mutated, survives
-from tests.papers.models import assert_same_state, mlp, state_of
+from tests.papers.models import CubedOnce, assert_same_state, mlp, state_of
 from tests.papers.networks import NETWORKS, Tied, make, sequences
 
 QUIET = {"progress": False}
@@ -606,25 +606,8 @@ def test_a_layer_without_a_second_derivative_is_named():
     assert_same_state(net, before)
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, h):
-        return 3 * ctx.saved_tensors[0] ** 2 * h
-
-
-class Cubed(nn.Module):
-    def forward(self, x):
-        return Once.apply(x)
-
-
 def test_a_layer_that_torch_would_differentiate_in_part_is_refused():
-    model = nn.Sequential(nn.Linear(4, 6), Cubed(), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(4, 6), CubedOnce(), nn.Linear(6, 3))
     before = state_of(model)
     with pytest.raises(DerivativeError, match=r"once_differentiable.*Or pass engine='finite_difference'"):
         gradinit(model, batches=GOOD, steps=2, gamma=1e-9, **QUIET)

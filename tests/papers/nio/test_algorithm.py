@@ -17,7 +17,7 @@ from common.scales import kinds_of
 from common.types import DerivativeError, NotFiniteError
 from papers.nio import grad_cosine_floor, measure, nio, objective_value, windows
 from tests.mutation import mutated, survives
-from tests.papers.models import assert_same_state, mlp, state_of
+from tests.papers.models import CubedOnce, assert_same_state, mlp, state_of
 from tests.papers.networks import NETWORKS, Tied, make, sequences
 
 QUIET = {"progress": False}
@@ -820,26 +820,9 @@ def test_a_layer_without_a_second_derivative_is_named():
     assert_same_state(net, before)
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, h):
-        return 3 * ctx.saved_tensors[0] ** 2 * h
-
-
-class Cubed(nn.Module):
-    def forward(self, x):
-        return Once.apply(x)
-
-
 @pytest.mark.parametrize("options", [{}, {"splits": 2}, {"coupling": "shared"}], ids=str)
 def test_a_layer_that_torch_would_differentiate_in_part_is_refused(options):
-    model = nn.Sequential(nn.Linear(4, 6), Cubed(), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(4, 6), CubedOnce(), nn.Linear(6, 3))
     before = state_of(model)
     with pytest.raises(DerivativeError, match=r"once_differentiable"):
         nio(model, batches=GOOD, steps=2, **options, **QUIET)
