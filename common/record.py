@@ -87,10 +87,11 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
         config: Everything the numbers depend on.
         seed: Stands in the folder's name.
         output: The folder itself, instead of a new one under `runs/`. If it holds a run with the same configuration,
-            that run is resumed.
+            that run is resumed. One that ended before anything was computed, for a mistake in its options, is begun
+            anew with these.
 
     Raises:
-        ValueError: The folder holds a run with another configuration, or something that is no run; or another process
+        ValueError: The folder holds work of another configuration, or something that is no run; or another process
             is at work in it. This one may open it again.
         OSError: The folder cannot be written, or the disk is full; noticed before anything is computed.
     """
@@ -100,7 +101,8 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
     _check_resumable(folder, wanted)  # before the lock, whose file must not be left in a folder that is refused
     lock = _lock(folder)
     _check_resumable(folder, wanted)  # another process may have begun a run in between
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").exists() or _is_without_work(folder):
+        (folder / "environment.json").unlink(missing_ok=True)
         _write_json(folder / "config.json", wanted)
     return Run(folder, _whole_lines(folder / "metrics.jsonl"), lock)
 
@@ -187,7 +189,7 @@ def _check_resumable(folder: Path, wanted: Mapping[str, Any]) -> None:
     path = folder / "config.json"
     if path.exists():
         found = _read_object(path, path.read_bytes())
-        if found != wanted:
+        if found != wanted and not _is_without_work(folder):
             differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
             raise ValueError(
                 f"open_run: {folder} must hold a run with the same configuration to be resumed, got other values of "
@@ -202,6 +204,13 @@ def _check_resumable(folder: Path, wanted: Mapping[str, Any]) -> None:
 def _is_of_a_start(path: Path) -> bool:
     """What a process that is just beginning a run, or was killed at that, has in the folder."""
     return path.name in ("config.partial", ".probe") or (path.name == "metrics.jsonl" and path.stat().st_size == 0)
+
+
+def _is_without_work(folder: Path) -> bool:
+    """Whether it holds a run of ours, and nothing computed."""
+    others = [path for path in folder.iterdir() if path.name not in ("config.json", "environment.json")]
+    # without a file of records, which every run of ours has, a config.json may be anyone's
+    return (folder / "metrics.jsonl").exists() and all(map(_is_of_a_start, others))
 
 
 class _Lock:

@@ -3,10 +3,11 @@
 import ast
 import json
 import sys
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import tyro
@@ -111,6 +112,26 @@ def mistake_of(error: Exception) -> str | None:
     return out_of_memory(error) or (str(error) if is_mistake else None)
 
 
+def tell_warnings() -> None:
+    """From now on, a UserWarning is its sentence alone, without the line of code that it comes from."""
+    console, show = Console(stderr=True, soft_wrap=True, highlight=False), warnings.showwarning
+
+    def tell(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category is UserWarning and file is None:
+            console.print(f"warning: {message}", markup=False, style="yellow")
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = tell
+
+
 def end_well(main: Callable[[], object], *, interrupted: str = GO_ON) -> None:
     """Run a command; a user's mistake ends in one sentence, not in a traceback, Ctrl-C in the shell's own status.
 
@@ -120,7 +141,9 @@ def end_well(main: Callable[[], object], *, interrupted: str = GO_ON) -> None:
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        main()
+        with warnings.catch_warnings():
+            tell_warnings()
+            main()
     except KeyboardInterrupt:
         console.print(interrupted, markup=False)
         sys.exit(INTERRUPTED)

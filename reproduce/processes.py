@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from reproduce.command import mistake_of
+from reproduce.command import mistake_of, tell_warnings
 
 Record = dict[str, Any]
 Advance = Callable[[float], None]
@@ -151,6 +151,7 @@ def _work(connection: Connection, make: Callable[[], Do], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    tell_warnings()
     do: Do | None = None
     while True:
         unit = connection.recv()

@@ -85,6 +85,23 @@ def test_another_configuration_is_refused_by_the_names_that_differ(folder):
     assert reopen(folder).records == [{"epoch": 1}]
 
 
+def test_before_anything_is_computed_another_configuration_begins_anew(folder):
+    write_environment(reopen(folder, model="resnt18", extra=1), DATA, CPU)
+    run = reopen(folder, model="resnet18")
+    assert run.records == []
+    assert json.loads((folder / "config.json").read_text("utf-8")).keys() == CONFIG.keys() | {"model"}
+    write_environment(run, DATA | {"sha256": "d2"}, CPU)  # other data too
+    assert json.loads((folder / "environment.json").read_text("utf-8"))["data"]["sha256"] == "d2"
+
+
+def test_a_checkpoint_before_the_first_record_is_work(folder):
+    reopen(folder)
+    (folder / "training.pt").touch()
+    with pytest.raises(ValueError, match=r"resumed, got other values of extra\."):
+        reopen(folder, extra=1)
+    assert "extra" not in json.loads((folder / "config.json").read_text("utf-8"))
+
+
 def test_a_folder_of_something_else_is_refused(folder):
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("mine")
@@ -281,7 +298,9 @@ def test_the_environment_says_what_was_measured_on(folder):
 
 
 def test_a_run_is_not_resumed_on_other_data(folder):
-    write_environment(reopen(folder), DATA, CPU)
+    run = reopen(folder)
+    write_environment(run, DATA, CPU)
+    run.append({"epoch": 1})
     before = (folder / "environment.json").read_bytes()
     # the same content from another place is the same data
     write_environment(reopen(folder), DATA | {"identity": "digits, from a cache"}, CPU)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -404,6 +405,19 @@ def test_what_a_user_can_mend_ends_a_command_in_a_sentence(capsys, error, told):
 def test_a_bug_ends_a_command_in_its_traceback():
     with pytest.raises(ZeroDivisionError):
         end_well(lambda: 1 / 0)
+
+
+def test_a_warning_is_told_in_a_sentence_and_others_with_their_place(capsys):
+    def warning():
+        warnings.simplefilter("always")
+        warnings.warn("nio: `splits` [/red] are four.", stacklevel=1)
+        warnings.warn("another's", DeprecationWarning, stacklevel=1)
+
+    with pytest.warns(DeprecationWarning, match="another's") as passed_on:
+        end_well(warning)
+    assert len(passed_on) == 1
+    assert capsys.readouterr().err == "warning: nio: `splits` [/red] are four.\n"
+    assert warnings.showwarning.__module__ == "warnings"
 
 
 def test_an_interruption_says_what_is_left(monkeypatch, capsys):
