@@ -583,7 +583,7 @@ def sections_of(result: Result) -> list[Section]:
         findings = [Prose("Nothing is out of the ranges that healthy networks have.")]
     rows = [[name, value, *_in_cells(HEALTHY[key])] for name, value, key in numbers(result)]
     columns = [Column("diagnostic"), Column("value"), Column("what is healthy"), Column("what to try")]
-    table = Table("Every number", columns, rows)
+    table = Table("Every number", columns, rows, is_prose=True)
     sections = [
         Section("Findings", findings),
         Section("In numbers", [table]),

@@ -112,6 +112,7 @@ class Table:
         rows: One cell a column.
         caption: What stands below it.
         is_folded: Shown only when its heading is pressed: for a table too long to be read in passing.
+        is_prose: On a phone the cells of a row stand one below another, with their columns' names: for sentences.
 
     Raises:
         ValueError: A row has not one cell a column.
@@ -122,6 +123,7 @@ class Table:
     rows: Sequence[Sequence[Cell | str | float | None]]
     caption: str = ""
     is_folded: bool = False
+    is_prose: bool = False
 
     def __post_init__(self) -> None:
         for row in self.rows:
