@@ -185,7 +185,7 @@ def group_gradients(
         mode: What a group is to a layer that looks across examples, and how it is computed:
 
             - `"loop"` evaluates the loss on each group alone, so that BatchNorm takes each group's own statistics. It
-              asks nothing of the model.
+              asks no more of the model than `torch.func.grad` does.
             - `"vmap"` is the same numbers from one vectorised pass; groups must be of one size, and the model free of
               control flow that depends on data.
             - `"shared"` evaluates the loss once on the whole batch, whose statistics all groups share, and

@@ -23,6 +23,10 @@ _LIMITS: dict[str, str] = {
         "it recomputes activations (checkpointing), which torch.func cannot follow. Turn activation checkpointing off; "
         "micro-batches bound memory instead"
     ),
+    r"data pointer of Tensor that doesn't have storage": (
+        "it reads values outside of torch (through numpy, most often), which torch.func cannot follow. Write "
+        "it in torch's operations"
+    ),
     r"forward AD with|ZeroTensors": "an operator in it has no forward-mode formula",
     r"leaf Variable that requires grad.*in-place|mutate a captured Tensor": (
         "it changes a tensor in place. Change a copy, or register the tensor as a buffer"

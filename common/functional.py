@@ -101,7 +101,7 @@ def pure_loss(
         raise ValueError(f"pure_loss: `batch_norm` must be 'batch' or 'running', got {batch_norm!r}.")
     if dtype not in (None, torch.float64):
         raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
-    wrapped = _LossModule(_structural_copy(model), loss_fn)
+    wrapped = _LossModule(structural_copy(model), loss_fn)
     _set_modes(wrapped.model, batch_norm, dropout=seed is not None)
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     memory = {_address(leaf) for leaf in own.values()} - {0}
@@ -213,7 +213,7 @@ class _LossModule(nn.Module):
         return self.loss_fn(self.model, batch)
 
 
-def _structural_copy(model: nn.Module) -> nn.Module:
+def structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor, so that flags can be set without touching the original."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():

@@ -352,9 +352,9 @@ def updates_worth(config: Config, history: list[dict[str, float]]) -> float:
 
 
 def extra_updates(config: Config, worth: float) -> int:
-    """GradInit's cost in whole intervals between validations, rounded up: to the longer arm's favour."""
+    """GradInit's cost in whole intervals between validations: the nearest number, and one at least."""
     interval = config.updates // config.evaluations
-    return math.ceil(worth / interval) * interval
+    return max(1, round(worth / interval)) * interval if worth > 0 else 0
 
 
 def variance_of(config: Config, model: nn.Module, corpus: Corpus, device: torch.device) -> dict[str, float]:

@@ -91,37 +91,42 @@ def draw_search(axes: Axes, history: list[dict[str, float]], title: str) -> None
     if ahead:
         axes.plot(*zip(*ahead, strict=True), ".", color="#2ca02c", markersize=3, label="loss on S̃ after a step")
     log_scale(axes)
-    on_constraint = [bool(entry["constraint"]) for entry in history]
-    # shading the full height needs the data's own limits fixed first
-    bottom, top = axes.get_ylim()
-    axes.fill_between(
-        steps, bottom, top, where=on_constraint, step="mid", color="0.88", linewidth=0, label="on the constraint"
-    )
-    axes.set(xlabel="GradInit iteration", xlim=(1, max(2, len(steps))), ylim=(bottom, top))
+    for entry in (entry for entry in history if entry["constraint"]):
+        axes.axvspan(entry["step"] - 0.5, entry["step"] + 0.5, color="0.8", linewidth=0, zorder=0)
+    axes.fill_between([], [], color="0.8", linewidth=0, label="on the constraint")  # of all of them
+    axes.set(xlabel="GradInit iteration", xlim=(0.5, max(2, len(steps)) + 0.5))
     axes.set_title(f"{title}: the search (first seed)", loc="left")
     axes.legend(frameon=False, fontsize=7)
 
 
 def draw_variance(axes: Axes, record: dict[str, Any], styles: Mapping[str, tuple[str, str]] = KINDS) -> None:
-    """Relative gradient variance per tensor, before (open) and after (filled), biases left out; by kind in `styles`."""
-    kinds = record["kinds"]
+    """Relative gradient variance per tensor, before (open) and after (filled), biases left out; by kind in `styles`.
+
+    Infinite ones, whose mean gradient cannot be told from zero, stand at the upper edge.
+    """
+    kinds, hidden = record["kinds"], 0
     names = [name for name in record["variance_before"] if kinds[name] != "bias"]
     for kind, (colour, marker) in styles.items():
         for when, filled in (("before", "none"), ("after", colour)):
             values = record[f"variance_{when}"]
-            points = [(i, values[name]) for i, name in enumerate(names, start=1) if kinds[name] == kind]
-            points = [point for point in points if is_number(point[1]) and point[1] > 0]
+            places = [(i, values[name]) for i, name in enumerate(names, start=1) if kinds[name] == kind]
+            points = [(i, value) for i, value in places if is_number(value) and value > 0]
+            style = {"color": colour, "markerfacecolor": filled, "markersize": 4, "linestyle": "none"}
             if points:
+                label = kind if filled != "none" else None
+                axes.plot(*zip(*points, strict=True), marker, label=label, **style)
+            if infinite := [i for i, value in places if not is_number(value)]:
                 axes.plot(
-                    *zip(*points, strict=True),
+                    infinite,
+                    [1.0] * len(infinite),
                     marker,
-                    color=colour,
-                    markerfacecolor=filled,
-                    markersize=4,
-                    linestyle="none",
-                    label=kind if filled != "none" else None,
+                    clip_on=False,
+                    transform=axes.get_xaxis_transform(),
+                    **style,
                 )
+                hidden += len(infinite)
     log_scale(axes)
-    axes.set(xlabel="tensor, from input to output", ylabel="mean ‖g − ḡ‖² / ‖ḡ‖² over minibatches")
+    unseen = f"\n{hidden} at the upper edge: not told from ∞" if hidden else ""
+    axes.set(xlabel=f"tensor, from input to output{unseen}", ylabel="relative gradient variance")
     axes.set_title("Gradient variance before (open) and after (filled)", loc="left")
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -5,7 +5,6 @@ Letters: theta0 θ₀ the drawn parameters, m their multipliers, S and S̃ two m
 Source: Zhu et al., NeurIPS 2021, Algorithm 1, and its released code.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -22,6 +21,7 @@ from common.functional import (
     classification_loss,
     logits_of,
     pure_loss,
+    structural_copy,
 )
 from common.guard import naming_the_layer
 from common.options import check_choice, check_number, check_positive
@@ -68,8 +68,9 @@ def gradinit(
     L(S̃; θ − η A[∇L(S; θ)]); in both cases by `RescaleAdam` on the multipliers m of θ = m ⊙ θ₀. The defaults are those
     common to the released CIFAR-10 runs; `lr` is tuned there for each network, between 1e-3 and 1e-1.
 
-    For training by Adam: `step="adam"` and a γ for the ℓ1 norm with η γ of about 1 (the released translation run:
-    η 1e-3, γ 1000, `clip=None`, `shared_second_moment=False`, `pairs="thirds"`).
+    For training by Adam: `step="adam"` and a γ for the ℓ1 norm with η γ of about 1. The released translation run:
+    η 1e-3, γ 1000, 780 iterations of τ 2.5e-3, `betas=(0.9, 0.98)`, `clip=None`, `shared_second_moment=False`,
+    `pairs="thirds"`, `bounds={"norm": (0.01, 100)}`.
 
     The model's parameters are written once, at the end; buffers, modes and the global random state stay as they were;
     on any error the model is bit-identical to what was passed in.
@@ -207,7 +208,7 @@ def _half_stepped(
     model: nn.Module, loss_fn: UserLoss, batch_norm: BatchNormMode, exact_kernels: bool
 ) -> LookAhead | None:
     """The released look-ahead loss: a weight tied between modules is stepped in the first, not in the others."""
-    untied = copy.deepcopy(model)
+    untied = structural_copy(model)
     first = {id(parameter): name for name, parameter in untied.named_parameters()}
 
     def place(name: str) -> tuple[nn.Module, str]:
@@ -236,7 +237,17 @@ def _check_step(step: Step, theta0: Params) -> None:
     """A user's step is tried once, on a gradient of the parameters' own values."""
     if not callable(step):
         return
-    direction = step({name: leaf.clone() for name, leaf in theta0.items()})
+    given = {name: leaf.clone() for name, leaf in theta0.items()}
+    tried = dict(given)
+    versions = {name: leaf._version for name, leaf in given.items()}
+    direction = step(tried)
+    if changed := [
+        name for name, leaf in given.items() if leaf._version != versions[name] or tried.get(name) is not leaf
+    ]:
+        raise ValueError(
+            f"gradinit: a function for `step` must leave the gradient that it is given as it is, got one that changes "
+            f"{changed[0]!r}. Return new tensors in a new dictionary."
+        )
     shapes = {name: leaf.shape for name, leaf in theta0.items()}
     if not isinstance(direction, dict) or {k: getattr(v, "shape", None) for k, v in direction.items()} != shapes:
         raise ValueError(
