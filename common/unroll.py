@@ -63,8 +63,10 @@ def unroll(
 
     One function of plain autograd: `F.backward()` and `torch.autograd.grad` work, a second derivative and
     `torch.func` transforms around it are refused. Whatever is to get a gradient (a learned learning rate, say) goes
-    through the state; a captured tensor could get none, and is refused. Tensors of integers and booleans are carried
-    without gradient.
+    through the state; a captured tensor could get none, and is refused: by the first step and the earliest outer loss
+    at once, by each other one when the backward pass differentiates it. So it goes unnoticed where none is: in steps
+    before the last K (`truncate`), after the first where no tensor of the state requires a gradient, and behind what
+    a step computes without a graph (`first_order`). Tensors of integers and booleans are carried without gradient.
 
     Args:
         step: Φ. It is called again during the backward pass and must then give the same, so whatever is random in it
@@ -292,6 +294,7 @@ class _Loop:
         with torch.enable_grad():
             leaves = self.tracked(leaves)
             after = self.advance(leaves, t)
+            _check_graph(after, leaves, self.step, f"`step` at t = {t}")
         return _slopes(after, leaves, adjoint)
 
     def slope(self, leaves: list[Tensor], t: int, dF: Tensor) -> Adjoint:
@@ -460,21 +463,23 @@ def _held(holder: Any, deep: bool) -> Iterator[tuple[str, Any]]:
                 yield f"the global {name!r}", value
     elif deep and isinstance(holder, nn.Module):
         yield from ((f"the parameter {name!r}", leaf) for name, leaf in holder.named_parameters())
+        yield from ((f"its {name!r}", value) for name, value in vars(holder).items() if not name.startswith("_"))
     elif deep and hasattr(holder, "__dict__") and not isinstance(holder, type):
         yield from ((f"its {name!r}", value) for name, value in vars(holder).items())
 
 
 def _check_graph(outputs: Sequence[Tensor], leaves: list[Tensor], function: Callable, what: str) -> None:
-    """Nothing but the state may stand at the beginning of the graph."""
+    """Nothing but the state may stand at the beginning of the graph; of every step, at a few hundredths of its time."""
     own = {id(leaf) for leaf in leaves}
     foreign = [y for y in outputs if y.requires_grad and y.is_leaf and id(y) not in own]
-    waiting: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(waiting)
+    seen: set[Any] = {y.grad_fn for y in outputs if y.grad_fn is not None}
+    waiting = list(seen)
     while waiting:
         node = waiting.pop()
-        if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in own:
+        behind = node.next_functions
+        if not behind and node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in own:
             foreign.append(node.variable)
-        for following, _ in node.next_functions:
+        for following, _ in behind:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)

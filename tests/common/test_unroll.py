@@ -5,6 +5,7 @@ Numbers of invariants are those of the specification of DIMAML, section 9.
 
 import copy
 import math
+import re
 import weakref
 from functools import cached_property, partial
 
@@ -599,6 +600,49 @@ def test_a_later_outer_loss_that_captures_is_refused_in_the_backward_pass():
         F.backward()
 
 
+def message_of(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class Weighted:
+    def __init__(self):
+        self.alpha = torch.tensor(2.0, requires_grad=True)
+
+    def __call__(self, model, batch):
+        x, is_weighted = batch
+        return model(x).square().mean() * (self.alpha if is_weighted else 1.0)
+
+
+def check_later_captures(m):
+    # a tensor that the first step does not use: at t = 2 alone
+    b = torch.tensor(2.0, requires_grad=True)
+    inner = lambda w: w * b
+    halving = lambda s, x: {"w": inner(s["w"]) if x else 0.5 * s["w"]}
+    s = {"w": torch.tensor(1.0, requires_grad=True)}
+    message = r"`step` at t = 2 must get .* the captured 'inner' → the captured 'b', shape \(\), requires one outside"
+    for interval in (1, 2, 4):
+        F, _ = m.unroll(halving, s, [0, 0, 1, 0], outer_losses={4: lambda s: s["w"]}, checkpoint_every=interval)
+        assert re.search(message, message_of(F.backward))
+    # of a user's own loss, which `pure_loss` holds
+    model = nn.Linear(2, 1)
+    step = m.training_step(pure_loss(model, Weighted()), sgd(0.1))
+    state = step.init({name: leaf.detach().requires_grad_() for name, leaf in model.named_parameters()})
+    batches = [(torch.ones(3, 2), False), (torch.ones(3, 2), True)]
+    F, _ = m.unroll(step, state, batches, outer_losses={2: lambda s: s["params"]["bias"].sum()})
+    assert re.search("`step` at t = 1 must get .* → its 'loss_fn' → its 'alpha', shape", message_of(F.backward))
+    # where that step is not differentiated nothing is missing
+    F, _ = m.unroll(halving, s, [0, 0, 1, 0], outer_losses={2: lambda s: s["w"]})
+    assert torch.autograd.grad(F, s["w"])[0] == 0.25
+
+
+def test_a_later_step_that_captures_is_refused_in_the_backward_pass():
+    check_later_captures(module)
+
+
 def test_a_module_that_is_only_read_is_no_capture():
     # pure_loss keeps the model's own parameters, to put them back; they have no part in the loss
     problem = Problem(module, "sgd", N=1, times=(1,))
@@ -728,6 +772,12 @@ def test_changing_the_initial_state_before_the_backward_pass_is_an_error():
 # ------------------------------------------------------------------------------- mutants
 # each with the check that must notice
 MUTANTS = {
+    "captures of the first step alone": (
+        check_later_captures,
+        '            _check_graph(after, leaves, self.step, f"`step` at t = {t}")\n',
+        "",
+    ),
+    "beginnings of a graph not looked at": (check_later_captures, "if not behind and", "if behind and"),
     "another seed in the recomputation": (
         check_dropout,
         "seed_of_step(self.seed, t)",
