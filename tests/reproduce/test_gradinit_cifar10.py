@@ -120,13 +120,22 @@ def test_the_claim_is_worked_on_first_seed_by_seed():
     assert len(order) == len(set(order)) == 4 * (3 * 3 + 3)
 
 
+@pytest.mark.parametrize(("costs", "extra"), [([], 0), ([0.0], 0), ([0.2], 1), ([2.05], 2), ([1.0, 3.6], 4)])
+def test_a_cost_is_added_to_the_nearest_whole_epoch(costs, extra):
+    assert cifar.extra_epochs(costs) == extra
+
+
+def test_with_and_without_batch_norm_the_recipe_differs_in_clipping_alone():
+    assert recipe_of(PRESETS["paper"], "wrn-28-10") == replace(RECIPES["wrn-28-10-bn"], clip_norm=1.0)
+
+
 def test_recipes_are_the_released_ones():
     paper = PRESETS["paper"]
     assert recipe_of(paper, "resnet110-bn") == RECIPES["resnet110-bn"]
     assert {name: (r.lr, r.steps, r.batch_size) for name, r in RECIPES.items()} == {
         "vgg19": (1e-2, 390, 128), "vgg19-bn": (1e-1, 390, 128), "resnet110": (5e-2, 390, 128),
         "resnet110-bn": (1e-3, 390, 128), "densenet100": (5e-3, 780, 64), "densenet100-bn": (1e-2, 780, 64),
-        "wrn-28-10-bn": (3e-3, 780, 64),
+        "wrn-28-10": (3e-3, 780, 64), "wrn-28-10-bn": (3e-3, 780, 64),
     }  # fmt: skip
     assert {name for name, r in RECIPES.items() if r.training_batch_size != 128} == {"densenet100", "densenet100-bn"}
     assert recipe_of(replace(paper, steps=5), "vgg19").steps == 5

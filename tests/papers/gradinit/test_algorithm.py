@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -625,6 +626,38 @@ def test_an_infinite_look_ahead_loss_ends_the_search():
     with pytest.raises(NotFiniteError, match=r"every multiplier must (be|end) finite|gradient of every multiplier"):
         gradinit(model, own, [(X, Y), far], steps=1, gamma=1e9, **QUIET)
     assert_same_state(model, before)
+
+
+def clamped_in_place(g):
+    return {name: leaf.clamp_(-1e-3, 1e-3) for name, leaf in g.items()}
+
+
+def renamed_in_place(g):
+    for name in list(g):
+        g[name] = g[name].sign()
+    return g
+
+
+@pytest.mark.parametrize("step", [clamped_in_place, renamed_in_place])
+def test_a_step_that_changes_its_gradient_is_told_so(step):
+    model = mlp(4, 6, 3)
+    before = state_of(model)
+    with pytest.raises(
+        ValueError, match=r"gradient that it is given as it is, got one that changes '0\.weight'\. Return"
+    ):
+        gradinit(model, batches=GOOD, steps=2, step=step, exact=True, **QUIET)
+    assert_same_state(model, before)
+
+
+def test_a_weight_computed_by_a_hook_is_no_obstacle_to_the_released_variant():
+    def history(variant):
+        model = mlp(4, 6, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(model[0])
+        return gradinit(model, batches=GOOD, steps=2, gamma=1e9, variant=variant, **QUIET).history
+
+    assert history("released") == history("paper")
 
 
 def test_one_module_under_two_names_is_stepped_as_a_whole_in_the_released_variant():

@@ -820,6 +820,22 @@ def test_a_layer_without_a_second_derivative_is_named():
     assert_same_state(net, before)
 
 
+@pytest.mark.parametrize("options", [{}, {"splits": 2}], ids=str)
+def test_a_layer_that_leaves_torch_is_named(options):
+    class Leaving(nn.Module):
+        def forward(self, x):
+            return x * (1 + float(x.detach().numpy().mean() > 0))
+
+    model = nn.Sequential(nn.Linear(4, 6), Leaving(), nn.Linear(6, 3))
+    before = state_of(model)
+    with pytest.raises(
+        DerivativeError, match=r"Layer '1' \(Leaving\): it reads values outside of torch \(through numpy"
+    ):
+        warnings.simplefilter("ignore")  # that it goes through examples one by one
+        nio(model, batches=GOOD, steps=2, **options, **QUIET)
+    assert_same_state(model, before)
+
+
 @pytest.mark.parametrize("options", [{}, {"splits": 2}, {"coupling": "shared"}], ids=str)
 def test_a_layer_that_torch_would_differentiate_in_part_is_refused(options):
     model = nn.Sequential(nn.Linear(4, 6), CubedOnce(), nn.Linear(6, 3))
