@@ -23,8 +23,9 @@ from torch import nn
 
 from common.training import TrainingConfig, train
 from reproduce import arms, compare
+from tests.conftest import ROOT
 from tests.data.conftest import alone, closed_port  # noqa: F401
-from tests.reproduce.commands import whole_lines
+from tests.reproduce.commands import ENVIRONMENT, whole_lines
 from tests.reproduce.test_bring import write_parquet
 from tests.reproduce.test_kills import Starter, numbers_of
 
@@ -411,3 +412,14 @@ def test_a_truncated_parquet_costs_no_finished_arm(own):
     status, errors = main_here("--output", str(own / "run"), *options)
     assert status == 0, errors
     assert (own / "run" / "metrics.jsonl").read_bytes().startswith(kept)
+
+
+def test_a_users_own_modules_of_our_names_are_not_taken_for_ours(tmp_path):
+    for name in ("common", "data", "papers"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not ours')")
+    done = subprocess.run(
+        [sys.executable, "-m", "reproduce.apply", "--help"],
+        cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--method" in done.stdout
