@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from common.batches import length_of
+from common.batches import length_of, tensors_of
 from common.derivatives import check_twice_differentiable, tape
 from common.descent import trainable
 from common.functional import (
@@ -155,9 +155,11 @@ def dimaml(
         model: Any bare `nn.Module`, freshly initialised: the laws start from its values.
         loss_fn: `loss_fn(model, batch)`, mean over examples. Cross-entropy of `model(x)` by default.
         task_sampler: `task_sampler(generator)` ↦ (N training batches, |V| held-out batches), all on the model's device;
-            each part a list, or anything with a length and items that are the same whenever they are asked for. Or such
-            tasks themselves: a collection is gone through again and again. Torch's global generators are seeded from
-            `generator` before each task; what else is random in a sampler cannot be resumed.
+            each part a list, or anything with a length and items that are the same whenever they are asked for. All
+            batches of a part, in all tasks, have one shape; of integers (examples, length) the length may vary, unless
+            `vmap` stacks several `tasks`. Or such tasks themselves: a collection is gone through again and again.
+            Torch's global generators are seeded from `generator` before each task; what else is random in a sampler
+            cannot be resumed.
         inner_steps: N.
         eval_every: Steps between two evaluations; see `evaluation_steps`.
         meta_steps: How many steps ψ makes.
@@ -253,6 +255,7 @@ def dimaml(
         exact=exact_kernels,
         first_order=first_order,
         vmap=vmap,
+        stacked=vmap and tasks > 1,
     )
     meta_step = _MetaGradient(
         source=source,
@@ -291,11 +294,12 @@ def dimaml(
         stack.enter_context(full_precision(device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if state.history:
-            source.go_on_after(tasks * len(state.history), generator, skip=not callable(task_sampler))
+            source.go_on_after(state.drawn, generator, skip=not callable(task_sampler))
         bar = stack.enter_context(Progress(transient=True)) if progress else None
         shown = None if bar is None else bar.add_task("dimaml", total=meta_steps, completed=len(state.history))
         for t in range(len(state.history) + 1, meta_steps + 1):
             G, measured, odd = meta_step.of(laws.with_parameters(state.psi))
+            state.drawn = source.drawn
             entry = {"step": float(t), **dict.fromkeys(MEASURED, math.nan), "skipped": 0.0, "zeroed": 0.0} | measured
             if G is not None:
                 norm = entry["gradient_norm"] = torch.nn.utils.get_total_norm(list(G.values())).item()
@@ -488,6 +492,9 @@ class _Tasks:
     exact: bool
     first_order: bool
     vmap: bool
+    stacked: bool
+    drawn: int = 0
+    shapes: dict[str, tuple[str, list[tuple[int, ...]]]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     classes: int | None = None
     checked: bool = False
@@ -495,7 +502,7 @@ class _Tasks:
 
     def go_on_after(self, used: int, generator: torch.Generator, *, skip: bool) -> None:
         """Pass over the tasks of a collection that the run has used before it was interrupted."""
-        self.resumed = True
+        self.resumed, self.drawn = True, used
         before = generator.get_state()
         if skip:
             for _ in range(used):
@@ -506,6 +513,7 @@ class _Tasks:
         """The training batches and the held-out ones."""
         _seed_globally(seed, next(self.model.parameters()).device)
         task = next(self.stream)
+        self.drawn += 1
         if not isinstance(task, (tuple, list)) or len(task) != 2:
             got = type(task).__name__ + (f" of {len(task)}" if isinstance(task, (tuple, list)) else "")
             raise ValueError(
@@ -520,10 +528,14 @@ class _Tasks:
                 why = "one an inner step" if kind == "training" else "one an evaluation (`evaluation_steps` lists them)"
                 raise ValueError(f"dimaml: a task must have {wanted} {kind} batches, {why}, got {len(part)}.")
         if not self.checked:
+            for kind, part in parts.items():  # before any is computed with
+                for k in range(len(part)):
+                    self.check_shapes(part[k], kind, k)
             self.check_first(parts["training"], parts["held-out"])
         for kind, part in parts.items():
             for k in range(len(part)):
                 batch = check_next_batch(self.model, part[k], self.classes, "dimaml")
+                self.check_shapes(batch, kind, k)
                 size = length_of(batch, "dimaml", "A batch must hold tensors whose examples lie along dimension 0.")
                 if size != self.sizes.setdefault(kind, size):
                     raise ValueError(
@@ -532,6 +544,21 @@ class _Tasks:
                     )
         self.checked = True
         return parts["training"], parts["held-out"]
+
+    def check_shapes(self, batch: Batch, kind: str, k: int) -> None:
+        """All but the number of examples, which has a message of its own."""
+        leaves = tensors_of(batch)
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        fixed = [_fixed(leaf, stacked=self.stacked) for leaf in leaves]
+        first, fixed_first = self.shapes.setdefault(kind, (shapes, fixed))
+        if fixed == fixed_first:
+            return
+        only = " only with vmap=False, for it stacks several tasks." if self.stacked else "."
+        raise ValueError(
+            f"dimaml: {kind} batches must be of one shape in all tasks, got {shapes} in batch {k + 1} of task "
+            f"{self.drawn} after {first} in the first. Crop, resize or pad to one shape; the length of sequences of "
+            f"integers, (examples, length), may vary{only}"
+        )
 
     def naming_the_layer(self, batch: Batch) -> AbstractContextManager[None]:
         return naming_the_layer(
@@ -582,6 +609,12 @@ class _Tasks:
                 f"dimaml: with `vmap` every layer must be one that torch.func.vmap can follow, got: {error} "
                 "Pass vmap=False: the same, one training after the other. The model is unchanged."
             ) from error
+
+
+def _fixed(leaf: Tensor, *, stacked: bool) -> tuple[int, ...]:
+    """What may not vary of a shape: all but the number of examples and, unless stacked, of integers the length."""
+    is_sequence = leaf.ndim == 2 and not leaf.is_floating_point()
+    return leaf.ndim, *leaf.shape[2 if is_sequence and not stacked else 1 :]
 
 
 def _unused(loss: PureLoss, theta: Params, batch: Batch, names: list[str]) -> list[str]:
@@ -727,6 +760,7 @@ class _State:
     psi: Params
     adam: OptimizerState
     history: list[dict[str, float]] = field(default_factory=list)
+    drawn: int = 0  # tasks: a step ends at the first that is not finite, and draws no others
     lost_in_a_row: int = 0
 
 
@@ -799,6 +833,7 @@ def _write(path: Path, state: _State, options: Mapping[str, Any], generator: tor
         "columns": columns,
         "adam_steps": int(state.adam["step"]),
         "lost_in_a_row": state.lost_in_a_row,
+        "drawn": state.drawn,
     }
     write_whole(path, header, tensors)
 
@@ -834,6 +869,7 @@ def _read(path: Path, start: _State, options: Mapping[str, Any], generator: torc
         )
     adam = {"step": torch.tensor(header["adam_steps"]), "hyper": start.adam["hyper"]}
     state = _State(dict(start.psi), dict(start.adam) | adam, lost_in_a_row=header["lost_in_a_row"])
+    state.drawn = header.get("drawn", options["tasks"] * done)  # a file of before tasks were counted
     for tree, leaves in [("psi", start.psi), *((key, start.adam[key]) for key in start.adam if key not in adam)]:
         read = {name: tensors[f"{tree}/{name}"].to(leaf) for name, leaf in leaves.items()}
         if tree == "psi":

@@ -4,6 +4,7 @@ Numbers of invariants are those of the specification of DIMAML, section 9.
 """
 
 import copy
+import json
 import math
 import re
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -352,6 +354,8 @@ def resumable(kind, model_seed=0, generator=None):
         "global": of_the_global_generator,
         "broken": at_times_broken,
         "collection": [draw(seeded(seed)) for seed in range(3)],
+        "broken collection": [draw(seeded(seed), broken=seed == 2) for seed in range(5)],
+        "broken iterator": (draw(seeded(seed), broken=seed == 2) for seed in range(9)),
         "iterator": one_after_the_other(seeded(9)),
         "iterator of the run's generator": one_after_the_other(generator),
     }
@@ -399,6 +403,20 @@ def check_resumption(module, kinds=("global", "broken", "collection"), stops=(2,
                 same(result, expected)
                 assert torch.equal(again.get_state(), generator.get_state())
                 assert [entry["step"] for entry in seen] == list(range(stop + 1, 5))
+
+
+def check_resumption_after_a_skip(module):
+    # two tasks a step, and the first of the second step's is not finite: the other is not drawn
+    check_resumption(module, ("broken collection", "broken iterator"), (1, 2, 3), tasks=2)
+    model, tasks = resumable("broken collection")
+    run = lambda steps, path=None: module.dimaml(
+        model, task_sampler=tasks, tasks=2, meta_steps=steps, generator=seeded(7), checkpoint=path, **OPTIONS
+    )
+    expected = run(4)
+    assert [entry["skipped"] for entry in expected.history] == [0, 1, 0, 0]
+    with tempfile.TemporaryDirectory() as folder:  # gone on from more than once
+        *_, result = (run(steps, Path(folder) / "state") for steps in (1, 2, 3, 4))
+    same(result, expected)
 
 
 def ended_at(run):
@@ -455,6 +473,7 @@ CHECKS = [
     check_released_constants,
     check_patience,
     check_resumption,
+    check_resumption_after_a_skip,
 ]
 
 
@@ -547,6 +566,11 @@ MUTANTS = {
     "count not restored": (check_resumption, STEP, '"step": torch.tensor(0)'),
     "moments not restored": (check_resumption, "            state.adam[tree] = read\n", "            pass\n"),
     "ψ not restored": (check_resumption, "            state.psi = read\n", "            pass\n"),
+    "tasks counted by steps": (
+        check_resumption_after_a_skip, "state.drawn = source.drawn", "state.drawn = tasks * (len(state.history) + 1)"
+    ),
+    "tasks not restored": (check_resumption_after_a_skip, 'header.get("drawn", ', 'header.get("no such", '),
+    "tasks not gone on counting": (check_resumption_after_a_skip, "self.drawn = True, used", "self.drawn = True, 0"),
     "used tasks come again": (check_resumption, "skip=not callable(task_sampler)", "skip=False"),
     "global generators not seeded": (
         check_resumption, "    torch.default_generator.manual_seed(seed)\n", "    pass\n"
@@ -570,6 +594,25 @@ def test_resumption_at_every_step_of_every_kind():
 )
 def test_resumption_with_options(more):
     check_resumption(algorithm, ("broken",), **more)
+
+
+def test_side_by_side_resumes_after_a_skip():
+    check_resumption(algorithm, ("broken collection",), (1, 2, 3), tasks=2, vmap=True)
+
+
+def test_a_checkpoint_that_does_not_count_tasks(tmp_path):
+    # as written before they were counted: right where no step was skipped
+    path = tmp_path / "state"
+    run = lambda steps, **more: dimaml(
+        *resumable("collection")[:1], task_sampler=resumable("collection")[1], tasks=2, meta_steps=steps,
+        generator=seeded(7), **more, **OPTIONS,
+    )  # fmt: skip
+    run(2, checkpoint=path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[files.ENTRY])
+    del header["sha256"], header["drawn"]
+    files.write_whole(path, header, load_file(path))
+    same(run(4, checkpoint=path), run(4))
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path):
@@ -1112,6 +1155,16 @@ OTHER = nn.Linear(4, 3, dtype=torch.float64)
          r"training batches must be of one size, got 4 examples after 6\. Use drop_last=True"),
         ({"task_sampler": [GOOD, ([(X, Y)] * 2, [(X[:5], Y[:5])])]}, ValueError,
          r"held-out batches must be of one size, got 5 examples after 6"),
+        ({"task_sampler": [GOOD, ([(X, Y), (X[:, :3], Y)], [(X, Y)])]}, ValueError,
+         r"training batches must be of one shape in all tasks, got \(6, 3\), \(6,\) in batch 2 of task 2 after "
+         r"\(6, 4\), \(6,\) in the first\. Crop, resize or pad to one shape; the length of .*, may vary\.$"),
+        ({"task_sampler": [GOOD, ([(X, Y)] * 2, [(X[:, :3], Y)])]}, ValueError,
+         r"held-out batches must be of one shape .* \(6, 3\), \(6,\) in batch 1 of task 2 after \(6, 4\), \(6,\)"),
+        ({"task_sampler": [([(X, Y), (X[:, :3], Y)], [(X, Y)])]}, ValueError,
+         r"\(6, 3\), \(6,\) in batch 2 of task 1 after \(6, 4\), \(6,\) in the first"),
+        ({"task_sampler": [GOOD, ([(X, Y, Y)] * 2, [(X, Y)])]}, ValueError, r"got \(6, 4\), \(6,\), \(6,\) in batch 1"),
+        ({"task_sampler": [GOOD, ([(X[:, :3], Y)] * 2, [(X, Y)])], "vmap": True, "tasks": 2}, ValueError,
+         r"in batch 1 of task 2 after .* may vary only with vmap=False, for it stacks several tasks\."),
         ({"task_sampler": [([(X, Y[:4])] * 2, [(X, Y)])]}, ValueError, r"labels for logits of shape \(6, 3\) must be"),
         ({"task_sampler": [([(X, Y + 1)] * 2, [(X, Y)])]}, ValueError, r"labels must lie in 0 … 2 .* from 1 to 3"),
         ({"task_sampler": [([(X, Y), (X, Y - 1)], [(X, Y)])]}, ValueError, r"labels must lie in 0 … 2 .* from -1 to 1"),
@@ -1135,6 +1188,51 @@ def test_bad_input_is_explained_and_changes_nothing(options, error, message):
     told = {"task_sampler": [GOOD], "meta_steps": 4, "eval_every": 2} | OPTIONS | options
     with pytest.raises(error, match=message):
         dimaml(model, **told)
+    assert_same_state(model, before)
+
+
+def test_images_of_another_size_are_refused():
+    # which an average over pixels would take without a word
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    tasks = [([(torch.randn(6, 3, size, size), Y)] * 2, [(torch.randn(6, 3, 8, 8), Y)]) for size in (8, 12)]
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"got \(6, 3, 12, 12\), \(6,\) in batch 1 of task 2 after \(6, 3, 8, 8\)"):
+        dimaml(model, task_sampler=tasks, meta_steps=2, **OPTIONS)
+    assert_same_state(model, before)
+
+
+def test_sequences_of_another_length():
+    model = CharLSTM(7, embedding=4, hidden=5)
+    ids = torch.randint(7, (4, 9), generator=seeded())
+    batch = lambda n: (ids[:, :n], ids[:, 1 : n + 1])
+    tasks = [([batch(5), batch(8)], [batch(4)]), ([batch(6), batch(6)], [batch(3)])]
+    run = lambda **more: dimaml(model, task_sampler=tasks, meta_steps=2, **(OPTIONS | more))
+    for more in ({}, {"tasks": 2}, {"vmap": True, "draws": 2}):
+        assert [entry["skipped"] for entry in run(**more).history] == [0, 0]
+    with pytest.raises(ValueError, match=r"got \(4, 8\), \(4, 8\) in batch 2 of task 1 after \(4, 5\), .*vmap=False"):
+        run(vmap=True, tasks=2)
+
+
+class Weighted:
+    """A factor that only some batches need."""
+
+    def __init__(self):
+        self.alpha = torch.tensor(2.0, requires_grad=True)
+
+    def __call__(self, model, batch):
+        x, y, flag = batch
+        loss = nn.functional.cross_entropy(model(x), y)
+        return loss * self.alpha if flag[0] > 0 else loss
+
+
+@pytest.mark.parametrize(("flags", "where"), [((0, 1, 0), "`step` at t = 1"), ((0, 0, 1), "the outer loss at t = 2")])
+def test_a_captured_tensor_that_the_first_batch_does_not_use_is_refused(flags, where):
+    model, loss = mlp(4, 6, 3), Weighted()
+    batches = [(X, Y, torch.full((6,), flag)) for flag in flags]
+    before = state_of(model)
+    with pytest.raises(ValueError, match=rf"{where} must get every tensor .* its 'alpha', shape \(\), requires one"):
+        dimaml(model, loss, [(batches[:2], batches[2:])], meta_steps=1, **OPTIONS)
+    assert loss.alpha.grad is None
     assert_same_state(model, before)
 
 
