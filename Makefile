@@ -33,6 +33,7 @@ benchmark: $(READY)
 	$(RUN) -m benchmarks.gradinit $(ARGS)
 	$(RUN) -m benchmarks.nio $(ARGS)
 	$(RUN) -m benchmarks.derivatives $(ARGS)
+	$(RUN) -m benchmarks.unroll $(ARGS)
 
 supported: $(READY)
 	$(RUN) -m benchmarks.supported $(ARGS)

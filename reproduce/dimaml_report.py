@@ -4,7 +4,7 @@ Every metric is an error, so that lower is better. A "tenth" is after a tenth of
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,12 @@ Records = Sequence[dict[str, Any]]
 
 LEARNED: Mapping[str, Literal["normal", "plif"]] = {"dimaml-normal": "normal", "dimaml-plif": "plif"}
 """Arms that are drawn from learned laws, and of which family these are."""
+
+STARTS: Mapping[str, Sequence[str]] = {"dimaml-normal": ("kaiming", "fixup"), "dimaml-plif": ("default", "fixup")}
+"""Which arm has the mean and deviation of every tensor that laws start from: the first that an experiment has.
+
+Normal starts from what the poster calls Kaiming, PLIF from torch's own bounds; both from Fixup's deviations.
+"""
 
 LABELS = {
     "kaiming": "Kaiming (theirs)",
@@ -172,7 +178,10 @@ def verdict(comparison: Mapping[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------- on screen
 def print_report(console: Console, summary: dict[str, Any], shown: Shown) -> None:
-    """For each target the table of arms, the poster's numbers beside them, and the differences with intervals."""
+    """For each target the table of arms, the poster's numbers beside them, and the differences with intervals.
+
+    What differs from the poster stands under each table of arms.
+    """
     for target, result in summary["targets"].items():
         names = f"{shown.names[result['source']]} → {shown.names[target]}"
         console.print(f"\n{names}\n{shown.title}, by updates")
@@ -195,8 +204,7 @@ def print_report(console: Console, summary: dict[str, Any], shown: Shown) -> Non
     console.print(
         f"\n{note}; the laws were learned once, so that no spread of learning is in it. Lower is better. Differences: "
         f"of pairs that share a seed and did not diverge, with their 95 % t-interval, each by itself; * where it "
-        f"leaves out 0. "
-        f"{shown.differs}",
+        "leaves out 0.",
         style="dim",
     )
 
@@ -217,7 +225,7 @@ def _arms_table(result: dict[str, Any], shown: Shown, target: str) -> Table:
         told = [f"{value:.3f}" for value in poster[arm]] if arm in poster else [""] * 3 * bool(poster)
         own += [with_deviation(*row["extra"], digits=1)] if shown.extra else []
         table.add_row(LABELS[arm], *own, *told)
-    table.caption = f"10, 50, 100: the poster's, {heading}" if poster else None
+    table.caption = (f"10, 50, 100: the poster's, {heading}. " if poster else "") + shown.differs
     table.caption_justify = "left"
     return table
 
@@ -238,9 +246,24 @@ def _differences_table(result: dict[str, Any], shown: Shown) -> Table:
     for own in result["comparisons"]:
         rows.setdefault((own["arm"], own["against"]), []).append(_difference(own, shown.digits))
     short = {"dimaml-normal": "Normal", "dimaml-plif": "PLIF"}
+    starts = {arm: start_of(arm, result["arms"]) for arm in LEARNED}
     for (arm, other), cells in rows.items():
-        table.add_row(f"{short[arm]} − {short.get(other, LABELS[other])}", *cells)
+        mark = " †" if other == starts[arm] else ""
+        table.add_row(f"{short[arm]} − {short.get(other, LABELS[other])}{mark}", *cells)
+    if any(other == starts[arm] for arm, other in rows):
+        table.caption = "† the arm whose tensors have the mean and deviation that the laws started from"
+        table.caption_justify = "left"
     return table
+
+
+def start_of(arm: str, arms: Container[str]) -> str | None:
+    """The baseline whose moments a learned arm's laws start from, where it was trained too.
+
+    Example:
+        >>> start_of("dimaml-plif", ["kaiming", "default"]), start_of("dimaml-plif", ["kaiming"])
+        ('default', None)
+    """
+    return next((other for other in STARTS[arm] if other in arms), None)
 
 
 def _difference(own: Mapping[str, Any], digits: int) -> str:

@@ -269,22 +269,55 @@ def test_the_table(capsys):
     assert "A → B error (test), by updates start 30 150 300 10 50 100" in words
     assert "Kaiming (theirs) 6.000 ± 0.000 5.000 ± 0.000 6.000 ± 2.000 0.471 0.383 0.369" in words
     assert "DIMAML-Normal 8.000 ± 1.000 5.000 ± 0.000 4.667 ± 2.082 DIMAML-PLIF" in words  # the poster has none
-    assert "10, 50, 100: the poster's, Faces, after those epochs" in words
+    # what is not as in the poster stands under its numbers, before the next table
+    assert "10, 50, 100: the poster's, Faces, after those epochs. Nothing is alike. difference" in words
     assert "PLIF − Kaiming (theirs) -4.000 ± 0.000 * +0.000 ± 0.000 -2.000 ± 0.000 *" in words
-    assert "Normal − Kaiming (theirs) +2.000 ± 2.484 +0.000 ± 0.000 -1.333 ± 1.434" in words
+    assert "Normal − Kaiming (theirs) † +2.000 ± 2.484 +0.000 ± 0.000 -1.333 ± 1.434" in words
     assert "PLIF − Normal -6.000 ± 2.484 *" in words
     assert "Learned 12 normal laws on A in 20 meta-steps (3 s): L_auc 19.500 in the first" in words
     assert "L_auc 3.000 in the first tenth of them, 2.000 in the last" in words
     assert "in 3 meta-steps (resumed, skipped: 1): L_auc" in words
     assert "Mean ± standard deviation over 3 seeds; the laws were learned once" in words
-    assert words.endswith("Nothing is alike.")
+    assert words.endswith("* where it leaves out 0.")
     assert "Diverged" not in words
 
 
 def test_the_table_with_a_further_number_and_nothing_of_a_poster(capsys):
     words = screen_of(EXTRA, RECORDS, capsys)
     assert "start 30 150 300 error % Kaiming (theirs) 6.000 ± 0.000 5.000 ± 0.000 6.000 ± 2.000 60.0 ± 20.0" in words
+    assert "60.0 ± 20.0 Kaiming (He)" in words
+    assert "20.0 Nothing is alike. difference" in words
     assert "epochs" not in words
+
+
+def check_starts(module: ModuleType) -> None:
+    # Normal is compared with the Normal laws that it starts from, PLIF with torch's uniform ones, both with Fixup's
+    assert module.start_of("dimaml-normal", ["he", "default", "kaiming"]) == "kaiming"
+    assert module.start_of("dimaml-plif", ["he", "kaiming", "default"]) == "default"
+    assert module.start_of("dimaml-plif", ["he", "kaiming"]) is None
+    assert [module.start_of(arm, ["metainit", "fixup"]) for arm in module.LEARNED] == ["fixup", "fixup"]
+
+
+def test_what_learned_laws_start_from():
+    check_starts(report)
+    for mutant in (
+        ('("default", "fixup")', '("kaiming", "fixup")'),
+        ('"dimaml-normal": ("kaiming", "fixup")', '"dimaml-normal": ("default", "fixup")'),
+    ):
+        assert not survives([check_starts], mutated(report, *mutant))
+
+
+def test_the_arm_of_the_start_is_marked(capsys):
+    own = [training("default", seed, [6.0, 5.0, 5.0]) for seed in range(3)]
+    words = screen_of(replace(POSTER, arms=(*SHOWN.arms, "default")), [*RECORDS, *own], capsys)
+    assert "Normal − Kaiming (theirs) † " in words
+    assert "Normal − torch default +" in words
+    assert "PLIF − Kaiming (theirs) -" in words
+    assert "PLIF − torch default † -" in words
+    assert words.count("†") == 3
+    assert "† the arm whose tensors have the mean and deviation that the laws started from" in words
+    neither = [record for record in RECORDS if record.get("arm") != "kaiming"]
+    assert "†" not in screen_of(POSTER, neither, capsys)
 
 
 def test_the_table_of_a_single_seed(capsys):
