@@ -6,6 +6,7 @@ dropout's randomness comes from, which buffers may be written (none of the user'
 
 import copy
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from common.batches import map_tensors, tensors_of
+from common.batchnorm import CarriedStatistics, Slots, running_statistics
 from common.diagnosis import explained, label
 from common.exact import exact_derivatives
 from common.precision import in_float64
@@ -90,10 +92,15 @@ def pure_loss(
             make; parameters passed in keep their type, and so do their gradients. None: as the model is.
         order: 2 promises at most two reverse-mode derivatives, for which `exact` may keep torch's own norms; 3: any.
 
+    Returns:
+        `loss(params, batch)`. With `batch_norm="running"` also `loss(params, batch, statistics=S)`, where S takes the
+        place of the stored statistics, all of those that `common.batchnorm.fresh_statistics` names: differentiable in
+        them too.
+
     Raises:
         TypeError: The model is wrapped, quantised, or not yet initialised (lazy).
         ValueError: Unknown `batch_norm` or `dtype`, or a model that cannot be copied. When called: a name that is none
-            of the model's parameters.
+            of the model's parameters, or statistics of other names than the model's.
         DerivativeError: When called: a layer does what `torch.func` cannot follow, or changes a parameter in place.
     """
     check_bare(model, "pure_loss")
@@ -101,8 +108,85 @@ def pure_loss(
         raise ValueError(f"pure_loss: `batch_norm` must be 'batch' or 'running', got {batch_norm!r}.")
     if dtype not in (None, torch.float64):
         raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
+    call = _pure_call(model, loss_fn, batch_norm, exact=exact, seed=seed, dtype=dtype, order=order)
+
+    def loss(params: Params, batch: Batch, *, seed: int | None = seed, statistics: Params | None = None) -> Tensor:
+        if statistics is not None and batch_norm != "running":
+            raise ValueError(
+                "pure_loss: statistics at a call need a loss made with batch_norm='running', got batch_norm="
+                f"{batch_norm!r}. A loss that moves them is `tracking_loss`."
+            )
+        return call(params, batch, seed, statistics)[0]
+
+    return loss
+
+
+TrackingLoss = Callable[..., tuple[Tensor, Params]]
+"""`loss(params, batch, statistics=S)`: the loss of a step of training, and the running statistics after it."""
+
+
+def tracking_loss(
+    model: nn.Module,
+    loss_fn: UserLoss = classification_loss,
+    *,
+    exact: bool = True,
+    seed: int | None = None,
+    order: Literal[2, 3] = 3,
+) -> TrackingLoss:
+    """The loss in training mode together with the running statistics that its norms leave behind, as a pure function.
+
+    The value is that of `pure_loss(…, batch_norm="batch")`, the statistics are what torch's layers would have written:
+    unbiased variance, the layer's momentum, its cumulative average where that is None, one update a use. Both are
+    differentiable, in parameters and statistics. Layers that track none have batch statistics, in evaluation too.
+
+    Args:
+        model: As `pure_loss`; its own statistics are neither read nor written.
+        loss_fn: As `pure_loss`.
+        exact: As `pure_loss`.
+        seed: As `pure_loss`.
+        order: As `pure_loss`.
+
+    Returns:
+        `loss(params, batch, statistics=S)` ↦ (L, S′), and with `seed` as `pure_loss`'s. S has all the names of
+        `common.batchnorm.fresh_statistics`, to start from; `pure_loss(…, batch_norm="running")` evaluates with it.
+
+    Raises:
+        TypeError: As `pure_loss`.
+        ValueError: A model that cannot be copied. When called: names that are not the model's.
+        DerivativeError: As `pure_loss`; and when called: a layer writes its statistics by other means than torch's
+            functions (compiled, scripted, SyncBatchNorm over several processes).
+
+    Example:
+        >>> from common.batchnorm import fresh_statistics
+        >>> model, x = nn.BatchNorm1d(1), torch.tensor([[0.0], [2.0]])
+        >>> loss = tracking_loss(model, lambda model, x: model(x).square().mean())
+        >>> L, S = loss({}, x, statistics=fresh_statistics(model))
+        >>> S["running_mean"], S["running_var"]  # 0.9 · 0 + 0.1 · 1, 0.9 · 1 + 0.1 · 2
+        (tensor([0.1000]), tensor([1.1000]))
+    """
+    check_bare(model, "tracking_loss")
+    call = _pure_call(model, loss_fn, "tracked", exact=exact, seed=seed, dtype=None, order=order)
+
+    def loss(params: Params, batch: Batch, *, statistics: Params, seed: int | None = seed) -> tuple[Tensor, Params]:
+        return call(params, batch, seed, statistics)
+
+    return loss
+
+
+def _pure_call(
+    model: nn.Module,
+    loss_fn: UserLoss,
+    mode: Literal["batch", "running", "tracked"],
+    *,
+    exact: bool,
+    seed: int | None,
+    dtype: torch.dtype | None,
+    order: Literal[2, 3],
+) -> Callable[[Params, Batch, int | None, Params | None], tuple[Tensor, Params]]:
+    """(params, batch, seed, statistics) ↦ the loss and, in mode "tracked", the statistics after it."""
+    caller = "tracking_loss" if mode == "tracked" else "pure_loss"
     wrapped = _LossModule(structural_copy(model), loss_fn)
-    _set_modes(wrapped.model, batch_norm, dropout=seed is not None)
+    _set_modes(wrapped.model, mode, dropout=seed is not None)
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     memory = {_address(leaf) for leaf in own.values()} - {0}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -117,6 +201,10 @@ def pure_loss(
         if leaf is not None
     ]
     buffers = {id(leaf): leaf for leaf in wrapped.buffers()}
+    tracked = running_statistics(model)
+    slots: dict[str, Slots] = {
+        name: [(store, key) for store, key, leaf in places if leaf is buffer] for name, buffer in tracked.items()
+    }
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     dropout = seed is not None
     proven = False  # that a call leaves parameters as they are: until then it gets copies of all of them
@@ -126,14 +214,19 @@ def pure_loss(
     def cast(leaf: Tensor) -> Tensor:
         return leaf if dtype is None or not leaf.is_floating_point() else leaf.to(dtype)
 
-    def loss(params: Params, batch: Batch, *, seed: int | None = seed) -> Tensor:
+    def call(params: Params, batch: Batch, seed: int | None, statistics: Params | None) -> tuple[Tensor, Params]:
         nonlocal proven
         if (seed is not None) != dropout:
             raise ValueError(
-                f"pure_loss: a seed at a call needs a loss made with one (dropout on), and none without, got {seed}."
+                f"{caller}: a seed at a call needs a loss made with one (dropout on), and none without, got {seed}."
             )
         if unknown := params.keys() - names.keys():
-            raise ValueError(f"pure_loss: names must be the model's parameters, got {min(unknown)!r}.")
+            raise ValueError(f"{caller}: names must be the model's parameters, got {min(unknown)!r}.")
+        if statistics is not None and (odd := statistics.keys() ^ tracked.keys()):
+            raise ValueError(
+                f"{caller}: `statistics` must have the names of the model's own, got {min(odd)!r} "
+                f"{'more' if min(odd) in statistics else 'less'}. `common.batchnorm.fresh_statistics` has them."
+            )
         originals = own | {names[name]: value for name, value in params.items()}
         originals = {name: cast(leaf) for name, leaf in originals.items()}
         given = {
@@ -142,6 +235,8 @@ def pure_loss(
         versions = {name: leaf._version for name, leaf in given.items()}
         state = {key: cast(buffer.clone()) for key, buffer in buffers.items()}
         state |= {key: given[name] for key, name in first.items()}
+        if statistics is not None:
+            state |= {id(leaf): cast(statistics[name].clone()) for name, leaf in tracked.items()}
         batch = batch if dtype is None else map_tensors(cast, batch)
         # Every context is entered in here: a recomputation during backward runs outside of any that surrounds the call.
         with lock, ExitStack() as stack:
@@ -157,19 +252,21 @@ def pure_loss(
                 stack.enter_context(in_float64())
             stack.callback(_put, places, {})
             _put(places, state)
+            carried = None if statistics is None else stack.enter_context(CarriedStatistics(slots))
             with explained(wrapped):
                 value = wrapped(batch)
+            after = carried.after() if carried is not None and mode == "tracked" else {}
         for name, leaf in given.items():
             if leaf._version != versions[name] or not (proven or _same_values(leaf, originals[name])):
                 raise DerivativeError(
-                    f"pure_loss: a forward pass must leave parameters as they are, but {name!r} "
+                    f"{caller}: a forward pass must leave parameters as they are, but {name!r} "
                     "is changed in place. Likely causes: weights clipped or renormalised in `forward`, or an embedding "
                     "with `max_norm`. Do it outside of the model, or by torch.nn.utils.parametrize."
                 )
         proven = True
-        return value
+        return value, after
 
-    return loss
+    return call
 
 
 _SEEDING = threading.RLock()
@@ -229,12 +326,12 @@ def structural_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _set_modes(model: nn.Module, batch_norm: BatchNormMode, *, dropout: bool) -> None:
+def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *, dropout: bool) -> None:
     model.train(dropout)
     for module in model.modules():
         if isinstance(module, _NormBase):
-            module.train(batch_norm == "batch")
-            if batch_norm == "batch":
+            module.train(mode != "running")
+            if mode == "batch":
                 # Without buffers there is nothing to update in place, which torch.func would refuse.
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None

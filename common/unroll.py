@@ -503,41 +503,61 @@ def _capture_error(what: str, name: str) -> ValueError:
 class TrainingStep:
     """Φ of ordinary training: a gradient, an optimiser's step; see `training_step`."""
 
-    loss: Callable[..., Tensor]
+    loss: Callable[..., Any]
     optimizer: Optimizer
     seed: int | None
     clip: float | None
     first_order: bool
 
-    def init(self, params: Params) -> State:
-        """`{"params", "optimizer", "loss"}` before the first step; the loss is that of the step before, NaN here."""
+    def init(self, params: Params, statistics: Params | None = None) -> State:
+        """`{"params", "optimizer", "loss"}` before the first step; the loss is that of the step before, NaN here.
+
+        With `statistics`, of `common.batchnorm.fresh_statistics` say, it has `"statistics"` too, and each step moves
+        them; `loss` must then be one of `tracking_loss`.
+        """
         like = next(iter(params.values()))
         loss = torch.full((), math.nan, dtype=like.dtype, device=like.device)
-        return {"params": params, "optimizer": self.optimizer.init(params), "loss": loss}
+        state = {"params": params, "optimizer": self.optimizer.init(params), "loss": loss}
+        return state if statistics is None else state | {"statistics": statistics}
 
     def __call__(self, state: State, batch: Batch) -> State:
         loss = self.loss
         if self.seed is not None:
             t = int(state["optimizer"]["step"])  # on the CPU: nothing waits
             loss = partial(loss, seed=seed_of_step(self.seed, t))
-        value, g = self.gradient(loss, state["params"], batch)
+        value, g, moved = self.gradient(loss, state["params"], batch, state.get("statistics"))
         if self.clip is not None:
             g = clipped(g, self.clip)
         params, optimizer = self.optimizer.update(state["params"], g, state["optimizer"])
-        return {"params": params, "optimizer": optimizer, "loss": value.to(state["loss"].dtype)}
+        after = {"params": params, "optimizer": optimizer, "loss": value.to(state["loss"].dtype)}
+        return after if moved is None else after | {"statistics": moved}
 
-    def gradient(self, loss: Callable[..., Tensor], params: Params, batch: Batch) -> tuple[Tensor, Params]:
-        """L and g = ∇L(θ); g with a graph only where the caller records one, and not in first order."""
+    def gradient(
+        self, loss: Callable[..., Any], params: Params, batch: Batch, statistics: Params | None = None
+    ) -> tuple[Tensor, Params, Params | None]:
+        """L, g = ∇L(θ) and the statistics after; g with a graph only where the caller records one, not in first order.
+
+        Statistics that a graph is recorded of have one in first order too: of first derivatives alone.
+        """
         keep = torch.is_grad_enabled() and not self.first_order and any(leaf.requires_grad for leaf in params.values())
-        theta = params if keep else tree_map(torch.Tensor.detach, params)
+        through = keep
+        if statistics is not None and torch.is_grad_enabled():
+            through = any(leaf.requires_grad for leaf in (*params.values(), *statistics.values()))
+        theta = params if through else tree_map(torch.Tensor.detach, params)
         theta = tree_map(lambda leaf: leaf if leaf.requires_grad else leaf.detach().requires_grad_(), theta)
         with torch.enable_grad():
-            value = loss(theta, batch)
-        return value.detach(), tape(value, theta, keep=keep)
+            if statistics is None:
+                value, moved = loss(theta, batch), None
+            else:
+                value, moved = loss(theta, batch, statistics=statistics)
+        g = tape(value, theta, keep=keep, retain=through)
+        if moved is not None and not through:
+            moved = tree_map(torch.Tensor.detach, moved)
+        return value.detach(), g, moved
 
 
 def training_step(
-    loss: Callable[..., Tensor],
+    loss: Callable[..., Any],
     optimizer: Optimizer,
     *,
     seed: int | None = None,
@@ -547,15 +567,19 @@ def training_step(
     """The step of ordinary training, for `unroll` or for a naive loop: `state = step(state, batch)`.
 
     It starts from `step.init(params)`, `{"params": θ, "optimizer": its state, "loss": ()}`, where `"loss"` is the last
-    step's training loss, to be recorded (`on_state`), not differentiated. BatchNorm's running statistics are no part
-    of it: use `pure_loss(…, batch_norm="batch")`.
+    step's training loss, to be recorded (`on_state`), not differentiated.
+
+    From `step.init(params, statistics)` BatchNorm's running statistics are carried and differentiated as well, in
+    `"statistics"` by buffer name; outer losses evaluate with them. Otherwise they are no part of it.
 
     Args:
-        loss: `loss(params, batch)`, pure, as `pure_loss` makes it.
+        loss: `loss(params, batch)`, pure, as `pure_loss(…, batch_norm="batch")` makes it; where statistics are carried
+            `loss(params, batch, statistics=…)` ↦ (L, statistics after), as `tracking_loss` makes it.
         optimizer: One of `common.optimizers`.
         seed: Dropout's, for a loss made with a seed: step t calls `loss(params, batch, seed=seed_of_step(seed, t))`.
         clip_norm: c of `common.optimizers.clip_norm`, on the gradient.
-        first_order: Take g for a constant: ∂s_{t+1}/∂s_t without the Hessian, at the cost of ordinary training.
+        first_order: Take g for a constant: ∂s_{t+1}/∂s_t without the Hessian, at the cost of ordinary training. What
+            statistics are carried keep their own first derivatives.
 
     Example:
         >>> from common.optimizers import sgd

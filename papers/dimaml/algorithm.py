@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from common.batches import length_of, tensors_of
+from common.batchnorm import fresh_statistics
 from common.derivatives import check_twice_differentiable, tape
 from common.descent import trainable
 from common.functional import (
@@ -34,6 +35,7 @@ from common.functional import (
     classification_loss,
     logits_of,
     pure_loss,
+    tracking_loss,
 )
 from common.guard import naming_the_layer
 from common.optimizers import Adam, Optimizer, OptimizerState, adam, clip_norm, sgd
@@ -46,12 +48,28 @@ from common.unroll import training_step
 from papers.dimaml.distributions import Family, Variant
 from papers.dimaml.files import ENTRY, fingerprint, write_whole
 from papers.dimaml.model import InitDistribution, Start, blocks_of
-from papers.dimaml.objective import evaluation_steps, loss_auc, losses_of_rows, meta_gradient, stack_batches
+from papers.dimaml.objective import (
+    evaluation_steps,
+    loss_auc,
+    losses_of_rows,
+    meta_gradient,
+    stack_batches,
+    stack_statistics,
+)
 
 Task = tuple[Sequence[Batch], Sequence[Batch]]
 """Training batches, one an inner step, and held-out batches, one an evaluation."""
 
 TaskSampler = Callable[[torch.Generator], Task] | Iterable[Task]
+
+BatchNorm = Literal["batch", "running", "carried"]
+"""Statistics of training and of evaluation; see `dimaml`."""
+
+_MODES: dict[BatchNorm, tuple[BatchNormMode, BatchNormMode]] = {
+    "batch": ("batch", "batch"),
+    "running": ("running", "running"),
+    "carried": ("batch", "running"),
+}
 
 MEASURED = ("loss", "last_loss", "train_loss", "gradient_norm")
 
@@ -131,7 +149,7 @@ def dimaml(
     clip_adjoint: float | None = None,
     patience: int = 10,
     variant: Variant = "paper",
-    batch_norm: BatchNormMode = "batch",
+    batch_norm: BatchNorm = "batch",
     exact_kernels: bool = True,
     keep_every: int | None = None,
     keep_on_cpu: bool = False,
@@ -148,8 +166,8 @@ def dimaml(
     every 40, by "adam" (language model) or "nesterov" (Fixup ResNet); 1500 to 3000 meta-steps.
 
     The model is only read: `dimaml(…).initialize_(model, generator)` writes a draw into it, or into one of the same
-    names and other shapes. Tensors without a law start every training from the values they have. Of a task, dropout is
-    on and BatchNorm on batch statistics in training; in evaluation dropout is off.
+    names and other shapes. Tensors without a law start every training from the values they have. Dropout is on in
+    training and off in evaluation; for BatchNorm see `batch_norm`.
 
     Args:
         model: Any bare `nn.Module`, freshly initialised: the laws start from its values.
@@ -187,7 +205,9 @@ def dimaml(
         patience: After how many steps in a row that were not finite the run ends.
         variant: "released" has the authors' softplus and starts, and where G is not finite zeroes such entries, leaves
             the others unclipped, and takes the step.
-        batch_norm: "batch" or "running" statistics, in training and in evaluation.
+        batch_norm: "batch": the statistics of each batch, in training and in evaluation. "running": the model's own, in
+            both. "carried": the authors', batch statistics in training, in evaluation their running averages, which
+            start afresh with every training (mean 0, variance 1) and are differentiated through its steps.
         exact_kernels: See `common.exact`; False only to measure what it costs.
         keep_every: m of `unroll`: inner steps between states that are kept; None: about √N.
         keep_on_cpu: Keep them in the CPU's memory.
@@ -242,12 +262,14 @@ def dimaml(
     )
     if meta_lr is None:
         meta = replace(meta, lr=min(META_LR[law.kind] for law in laws.families.values()))
-    make = partial(pure_loss, model, loss_fn, batch_norm=batch_norm, exact=exact_kernels, order=2)
+    check_choice("dimaml", "batch_norm", batch_norm, tuple(_MODES))
+    make = partial(pure_loss, model, loss_fn, exact=exact_kernels, order=2)
+    in_training, in_evaluation = _MODES[batch_norm]
     source = _Tasks(
         model=model,
         loss_fn=loss_fn,
-        train_loss=make(seed=0),  # a seed turns dropout on; each step has its own
-        held_out_loss=make(),
+        train_loss=make(batch_norm=in_training, seed=0),  # a seed turns dropout on; each step has its own
+        held_out_loss=make(batch_norm=in_evaluation),
         stream=_stream(task_sampler, generator),
         counts=(inner_steps, len(V)),
         with_law=list(laws.sample(model, torch.Generator())),  # whose names must be the model's
@@ -267,6 +289,8 @@ def dimaml(
         antithetic=antithetic,
         vmap=vmap,
         first_order=first_order,
+        step_loss=source.train_loss,
+        statistics=None,
         through={
             "checkpoint_every": keep_every,
             "keep_on_cpu": keep_on_cpu,
@@ -274,6 +298,9 @@ def dimaml(
             "clip_adjoint": clip_adjoint,
         },
     )
+    if batch_norm == "carried":
+        tracking = tracking_loss(model, loss_fn, exact=exact_kernels, seed=0, order=2)
+        meta_step = replace(meta_step, step_loss=tracking, statistics=fresh_statistics(model))
     psi = {name: leaf.detach().clone() for name, leaf in laws.parameters().items()}
     state = _State(psi, meta.init(psi))
     path, options = None, {}
@@ -343,6 +370,10 @@ class _MetaGradient:
     antithetic: bool
     vmap: bool
     first_order: bool
+    step_loss: Callable[..., Any]
+    """Of a step of training: `source.train_loss`, or where statistics are carried one that gives them too."""
+    statistics: Params | None
+    """What carried statistics start from."""
     through: dict[str, Any]
 
     def of(self, laws: InitDistribution) -> tuple[Params | None, dict[str, float], str]:
@@ -356,7 +387,7 @@ class _MetaGradient:
             train, held_out = self.source.draw(_seed(self.generator))
             for _ in range(self.draws):
                 step = training_step(
-                    self.source.train_loss, self.inner, seed=_seed(self.generator), first_order=self.first_order
+                    self.step_loss, self.inner, seed=_seed(self.generator), first_order=self.first_order
                 )
                 objective = partial(
                     loss_auc,
@@ -364,6 +395,7 @@ class _MetaGradient:
                     loss=self.source.held_out_loss,
                     train=train,
                     validation=dict(zip(self.V, held_out, strict=True)),
+                    statistics=self.statistics,
                     on_state=trace,
                     **self.through,
                 )
@@ -395,15 +427,17 @@ class _MetaGradient:
                     rows.append(own | drawn.sample(model, self.generator, antithetic=mirrored))
                     tasks.append(task)
         shared = self.tasks == 1
-        losses, held_out_losses = (
-            losses_of_rows(loss, shared=shared) for loss in (self.source.train_loss, self.source.held_out_loss)
-        )
-        step = training_step(
-            lambda theta, batch, **options: losses(theta, batch, **options).sum(),
-            self.inner,
-            seed=seeds[0],
-            first_order=self.first_order,
-        )
+        tracking = self.statistics is not None
+        losses = losses_of_rows(self.step_loss, shared=shared, tracking=tracking)
+        held_out_losses = losses_of_rows(self.source.held_out_loss, shared=shared)
+
+        def sum_of_rows(theta: Params, batch: Batch, **options: Any) -> Any:
+            if not tracking:
+                return losses(theta, batch, **options).sum()
+            values, after = losses(theta, batch, **options)
+            return values.sum(), after
+
+        step = training_step(sum_of_rows, self.inner, seed=seeds[0], first_order=self.first_order)
         train, held_out = tasks[0] if shared else (_Stacked([task[part] for task in tasks]) for part in (0, 1))
         trace = _Trace(self.V[-1], len(self.V), rows=len(rows))
         try:
@@ -411,9 +445,10 @@ class _MetaGradient:
                 L = loss_auc(
                     {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
                     step,
-                    lambda theta, batch: held_out_losses(theta, batch).mean(),
+                    lambda theta, batch, **carried: held_out_losses(theta, batch, **carried).mean(),
                     train,
                     {t: held_out[k] for k, t in enumerate(self.V)},
+                    statistics=None if self.statistics is None else stack_statistics(self.statistics, len(rows)),
                     on_state=trace,
                     **self.through,
                 )
@@ -488,7 +523,7 @@ class _Tasks:
     stream: Iterator[Any]
     counts: tuple[int, int]
     with_law: list[str]
-    batch_norm: BatchNormMode
+    batch_norm: BatchNorm
     exact: bool
     first_order: bool
     vmap: bool
@@ -562,19 +597,22 @@ class _Tasks:
 
     def naming_the_layer(self, batch: Batch) -> AbstractContextManager[None]:
         return naming_the_layer(
-            self.model, self.loss_fn, batch, "dimaml", batch_norm=self.batch_norm, exact=self.exact, order=2
+            self.model, self.loss_fn, batch, "dimaml", batch_norm=_MODES[self.batch_norm][0], exact=self.exact, order=2
         )
 
     def check_first(self, train: Sequence[Batch], held_out: Sequence[Batch]) -> None:
         """What the first task tells of all of them."""
-        model, loss_fn, batch_norm = self.model, self.loss_fn, self.batch_norm
-        first = [part[0] for part in (train, held_out) if len(part)]
-        for batch in first:
+        model, loss_fn = self.model, self.loss_fn
+        in_training, in_evaluation = _MODES[self.batch_norm]
+        parts: list[tuple[Batch, BatchNormMode]] = [(train[0], in_training)] if len(train) else []
+        parts.append((held_out[0], in_evaluation))
+        first = [batch for batch, _ in parts]
+        for batch, batch_norm in parts:
             # an uninterrupted run would skip the step here
             with suppress(NotFiniteError) if self.resumed else nullcontext():
                 check_first_batch(model, loss_fn, batch, "dimaml", batch_norm=batch_norm, exact=self.exact)
         if loss_fn is classification_loss:
-            self.classes = logits_of(model, first[0][0], "dimaml", batch_norm).shape[1]
+            self.classes = logits_of(model, first[0][0], "dimaml", parts[0][1]).shape[1]
         theta = tree_map(lambda leaf: leaf.clone().requires_grad_(), trainable(model))
         with self.naming_the_layer(first[0]):
             if len(train) and not self.first_order:
@@ -784,7 +822,7 @@ def _description(law: Family) -> list[Any]:
     return [law.kind, getattr(law, "variant", ""), parts]
 
 
-def _fingerprint(model: nn.Module, laws: InitDistribution, batch_norm: BatchNormMode) -> str:
+def _fingerprint(model: nn.Module, laws: InitDistribution, batch_norm: BatchNorm) -> str:
     """SHA-256 of all in a model that a run depends on: shapes, and the values of whatever no law draws."""
     digest = hashlib.sha256()
 

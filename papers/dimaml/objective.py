@@ -18,7 +18,7 @@ from common.derivatives import tape
 from common.descent import trainable
 from common.options import check_whole
 from common.tree import tree_add, tree_map
-from common.types import Batch, Params, PureLoss
+from common.types import Batch, Params
 from common.unroll import TrainingStep, unroll
 from papers.dimaml.model import InitDistribution
 
@@ -58,9 +58,11 @@ def evaluation_steps(inner_steps: int, eval_every: int, first: int | None = None
 def loss_auc(
     theta0: Params,
     step: TrainingStep,
-    loss: PureLoss,
+    loss: Callable[..., Tensor],
     train: Sequence[Batch],
     validation: Mapping[int, Batch],
+    *,
+    statistics: Params | None = None,
     **options: Any,
 ) -> Float[Tensor, ""]:
     r"""The area under the learning curve: the mean held-out loss over the scheduled steps of a training.
@@ -76,6 +78,9 @@ def loss_auc(
         loss: L of a held-out batch, in evaluation mode.
         train: B_0 … B_{N−1}.
         validation: S_t by t ∈ V, how many steps were made before.
+        statistics: BatchNorm's running statistics before the first step, as the released code has them: carried along
+            and differentiated. Held-out losses are then L(θ_t, S_t, statistics=…) with those that t steps have left:
+            `step` is of `tracking_loss`, and `loss` of `pure_loss(…, batch_norm="running")`. None: neither has any.
         options: Of `unroll`, whose adjoint is clipped and measured on the weights alone.
 
     Returns:
@@ -94,12 +99,16 @@ def loss_auc(
         tensor(1.4661)
     """
 
+    def evaluated(state: Any, batch: Batch) -> Tensor:
+        carried = {} if statistics is None else {"statistics": state["statistics"]}
+        return loss(state["params"], batch, **carried) / len(validation)
+
     def term(batch: Batch) -> Callable[[Any], Tensor]:
-        return lambda state: loss(state["params"], batch) / len(validation)
+        return lambda state: evaluated(state, batch)
 
     outer = {t: term(batch) for t, batch in validation.items()}
     weights = lambda state: state["params"]  # noqa: E731
-    return unroll(step, step.init(theta0), train, outer_losses=outer, part=weights, **options)[0]
+    return unroll(step, step.init(theta0, statistics), train, outer_losses=outer, part=weights, **options)[0]
 
 
 def meta_gradient(
@@ -149,7 +158,7 @@ def meta_gradient(
     return (L + L_mirrored) / 2, tree_map(lambda leaf: leaf / 2, tree_add(d, d_mirrored))
 
 
-def losses_of_rows(loss: PureLoss, *, shared: bool) -> Callable[..., Float[Tensor, "r"]]:
+def losses_of_rows(loss: Callable[..., Any], *, shared: bool, tracking: bool = False) -> Callable[..., Any]:
     r"""L(θ_i; B_i) for rows i of stacked weights, in one vectorised pass: several trainings side by side.
 
     Their sum as a loss trains each row by itself, because no row's loss depends on another's weights.
@@ -157,9 +166,11 @@ def losses_of_rows(loss: PureLoss, *, shared: bool) -> Callable[..., Float[Tenso
     Args:
         loss: L, pure.
         shared: Whether all rows see one batch, as it stands; else its tensors are stacked too, see `stack_batches`.
+        tracking: Whether L is one of `tracking_loss`, and gives statistics too.
 
     Returns:
-        (theta, batch, **options) ↦ one value a row. Under a seed, every row has dropout of its own.
+        (theta, batch, **options) ↦ one value a row, and with `tracking` the stacked statistics. An option `statistics`
+        is stacked too, but for counts, see `stack_statistics`. Under a seed, every row has dropout of its own.
 
     Example:
         >>> loss = lambda theta, x: (theta["w"] * x).square().mean()
@@ -167,15 +178,31 @@ def losses_of_rows(loss: PureLoss, *, shared: bool) -> Callable[..., Float[Tenso
         tensor([ 2.5000, 22.5000])
     """
 
-    def losses(theta: Params, batch: Batch, **options: Any) -> Tensor:
-        def of_row(row: Params, *leaves: Tensor) -> Tensor:
+    def losses(theta: Params, batch: Batch, *, statistics: Params | None = None, **options: Any) -> Any:
+        axes = {name: 0 if leaf.is_floating_point() else None for name, leaf in (statistics or {}).items()}
+
+        def of_row(row: Params, carried: Params, *leaves: Tensor) -> Any:
             pieces = iter(leaves)
-            return loss(row, batch if shared else map_tensors(lambda _: next(pieces), batch), **options)
+            own = batch if shared else map_tensors(lambda _: next(pieces), batch)
+            return loss(row, own, **options, **({} if statistics is None else {"statistics": carried}))
 
         stacks = [] if shared else tensors_of(batch)  # whatever else a batch holds is every row's
-        return torch.func.vmap(of_row, randomness="different")(theta, *stacks)
+        mapped = torch.func.vmap(
+            of_row,
+            in_dims=(0, axes, *[0] * len(stacks)),
+            out_dims=(0, axes) if tracking else 0,  # pyright: ignore[reportArgumentType]
+            randomness="different",
+        )
+        return mapped(theta, statistics or {}, *stacks)
 
     return losses
+
+
+def stack_statistics(statistics: Params, rows: int) -> Params:
+    """The same running statistics for every row; counts of batches, which all rows share, stay one number."""
+    return tree_map(
+        lambda leaf: leaf.expand(rows, *leaf.shape).clone() if leaf.is_floating_point() else leaf, statistics
+    )
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

@@ -527,7 +527,7 @@ MUTANTS = {
         check_side_by_side, "losses(theta, batch, **options).sum()", "losses(theta, batch, **options).mean()"
     ),
     "sum held out": (
-        check_side_by_side, "held_out_losses(theta, batch).mean()", "held_out_losses(theta, batch).sum()"
+        check_side_by_side, "(theta, batch, **carried).mean()", "(theta, batch, **carried).sum()"
     ),
     "rows of one noise": (check_side_by_side, ROW, f"self.generator.manual_seed(0)\n{20 * ' '}{ROW}"),
     "rows not mirrored": (check_side_by_side, "self.generator, antithetic=mirrored", "self.generator"),
@@ -536,7 +536,7 @@ MUTANTS = {
     ),
     "training loss of all rows": (check_side_by_side, 'state["loss"] / self.rows', 'state["loss"]'),
     "never first order side by side": (
-        check_side_by_side, "first_order=self.first_order,\n        )\n        train,", ")\n        train,"
+        check_side_by_side, "seed=seeds[0], first_order=self.first_order)", "seed=seeds[0])"
     ),
     "loss of the last draw": (check_mini_meta_batch, "torch.stack(losses).mean()", "losses[-1]"),
     "last loss not scaled back": (check_plain, "append(value * self.evaluations)", "append(value)"),
@@ -548,7 +548,7 @@ MUTANTS = {
         check_plain, DRAW, f"{DRAW}\n            self.source.draw = lambda seed, same=(train, held_out): same"
     ),
     "the same masks always": (check_dropout, INNER, INNER.replace("_seed(self.generator)", "0")),
-    "masks held out": (check_dropout, "=make(),", "=lambda p, b, own=make(seed=0): own(p, b),"),
+    "masks held out": (check_dropout, "=make(batch_norm=in_evaluation),", "=lambda p, b, own=make(seed=0): own(p, b),"),
     "never first order": (check_first_order, INNER, INNER.replace("=self.first_order", "=False")),
     "always first order": (check_plain, INNER, INNER.replace("=self.first_order", "=True")),
     "half applied": (check_skipping, f"return _nothing(error)\n{16 * ' '}losses", f"continue\n{16 * ' '}losses"),
@@ -1130,7 +1130,7 @@ OTHER = nn.Linear(4, 3, dtype=torch.float64)
         ({"exclude": "*"}, ValueError, r"at least one trainable tensor must have values with a spread, got none"),
         ({"include": "nothing"}, ValueError, r"a pattern must mean at least one tensor, got 'nothing'"),
         ({"generator": 3}, TypeError, r"`generator` must be a torch\.Generator, got int"),
-        ({"batch_norm": "none"}, ValueError, r"`batch_norm` must be 'batch' or 'running', got 'none'"),
+        ({"batch_norm": "none"}, ValueError, r"`batch_norm` must be one of 'batch', 'running', 'carried', got 'none'"),
         ({"checkpoint": "no/such/folder/state"}, ValueError, r"`checkpoint` must be a file in a folder that exists"),
         ({"inner": "sgd"}, ValueError, r"`inner` must be one of 'momentum', 'nesterov', 'adam', got 'sgd'\. Or"),
         ({"inner": torch.optim.AdamW}, TypeError,
