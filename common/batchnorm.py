@@ -3,8 +3,8 @@ r"""Running statistics that go into a loss and come out of it as tensors, with d
     μ ← (1 − ρ) μ + ρ m,    σ² ← (1 − ρ) σ² + ρ v · n/(n − 1)
 
 m and v are mean and variance of a batch of n values a channel, ρ is the layer's momentum (1/k at its k-th batch where
-that is None). Torch's layers write μ and σ² in place, without a history, and take them for constants in evaluation: the
-path from a held-out loss through the statistics into earlier steps of training is cut, without a word.
+that is None). Torch's layers write μ and σ² in place, without a history, and in evaluation have no derivative in them:
+the path from a held-out loss through the statistics into earlier steps of training is cut.
 `common.functional.tracking_loss` and `pure_loss(…, batch_norm="running")` have that path.
 """
 
@@ -88,9 +88,8 @@ class CarriedStatistics(TorchFunctionMode):
             if leaf.is_floating_point() and leaf._version != version:
                 raise DerivativeError(
                     f"tracking_loss: running statistics must be moved by torch.nn.functional's norms, but {name!r} is "
-                    "written by other means, which have no derivative. Likely causes: a compiled or scripted layer, "
-                    "SyncBatchNorm over several processes, or a layer of your own. Use batch statistics there "
-                    "(`track_running_stats=False`)."
+                    "written by other means, which may have no derivative. Likely causes: a layer of your own, or "
+                    "SyncBatchNorm over several processes. Use batch statistics there (`track_running_stats=False`)."
                 )
         return after
 

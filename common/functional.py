@@ -154,7 +154,7 @@ def tracking_loss(
         TypeError: As `pure_loss`.
         ValueError: A model that cannot be copied. When called: names that are not the model's.
         DerivativeError: As `pure_loss`; and when called: a layer writes its statistics by other means than torch's
-            functions (compiled, scripted, SyncBatchNorm over several processes).
+            functions (one of your own, or SyncBatchNorm over several processes).
 
     Example:
         >>> from common.batchnorm import fresh_statistics
