@@ -588,7 +588,7 @@ class _Tasks:
         first, fixed_first = self.shapes.setdefault(kind, (shapes, fixed))
         if fixed == fixed_first:
             return
-        only = " only with vmap=False, for it stacks several tasks." if self.stacked else "."
+        only = " only without `vmap`, which stacks several tasks: pass vmap=False." if self.stacked else "."
         raise ValueError(
             f"dimaml: {kind} batches must be of one shape in all tasks, got {shapes} in batch {k + 1} of task "
             f"{self.drawn} after {first} in the first. Crop, resize or pad to one shape; the length of sequences of "

@@ -1164,7 +1164,7 @@ OTHER = nn.Linear(4, 3, dtype=torch.float64)
          r"\(6, 3\), \(6,\) in batch 2 of task 1 after \(6, 4\), \(6,\) in the first"),
         ({"task_sampler": [GOOD, ([(X, Y, Y)] * 2, [(X, Y)])]}, ValueError, r"got \(6, 4\), \(6,\), \(6,\) in batch 1"),
         ({"task_sampler": [GOOD, ([(X[:, :3], Y)] * 2, [(X, Y)])], "vmap": True, "tasks": 2}, ValueError,
-         r"in batch 1 of task 2 after .* may vary only with vmap=False, for it stacks several tasks\."),
+         r"in batch 1 of task 2 after .* may vary only without `vmap`, which stacks several tasks: pass vmap=False\."),
         ({"task_sampler": [([(X, Y[:4])] * 2, [(X, Y)])]}, ValueError, r"labels for logits of shape \(6, 3\) must be"),
         ({"task_sampler": [([(X, Y + 1)] * 2, [(X, Y)])]}, ValueError, r"labels must lie in 0 … 2 .* from 1 to 3"),
         ({"task_sampler": [([(X, Y), (X, Y - 1)], [(X, Y)])]}, ValueError, r"labels must lie in 0 … 2 .* from -1 to 1"),
