@@ -66,7 +66,8 @@ class Config:
     """Of the model, as key=value."""
     data: str = "auto"
     """auto, cifar10, cifar100, tiny-imagenet, digits, noise, ptb, wikitext2, pydoc, hub:NAME, a folder with a folder of
-    images for each class, or package.module:callable, which returns two loaders."""
+    images for each class, or package.module:callable, which returns two loaders (training, test): collections of
+    batches that can be gone through again and again, shuffled by torch's global generator or by a DataLoader's own."""
     data_dir: Path | None = None
     """Folder that holds the data sets by name. Default: the variable LEARNED_INIT_DATA."""
     loss: str | None = None
@@ -97,7 +98,8 @@ class Config:
     clip_norm: float | None = None
     """Bound on the gradient's norm in training."""
     evaluations: int = 5
-    """On the test set, evenly over each training, which can be resumed after each of them."""
+    """On the test set, evenly over each training, which can be resumed after each of them; fewer where a small budget
+    does not divide by so many."""
     batch_size: int | None = None
     """Of training and of initialisers. Default: 128 images, 32 windows of text. A user's loader has its own."""
     augment: bool = False

@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -144,7 +145,9 @@ def bring_data(
             in the hub's parquet layout;
             a folder with one subfolder of images a class, or with such folders in train/ and test/, val/ or valid/;
             package.module:callable: called without arguments, returns (train_loader, test_loader), two collections of
-            batches, any pytree of tensors. The current directory is searched too.
+            batches, any pytree of tensors, that can be gone through again and again. They are shuffled, if at all, by
+            torch's global generator or by one that the loader or its sampler has as `generator`: both are seeded at
+            every pass. The current directory is searched too.
         data_dir: Where a published set lies; `data.load_images` and `data.load_text` say how.
         batch_size: Examples a batch; None: 128 images, or 32 windows of text. A user's loaders make their own.
         train_examples: At most so many, class-balanced where the classes have enough. None: all.
@@ -159,6 +162,9 @@ def bring_data(
         FileNotFoundError: The data cannot be had; the message says what was tried.
         ValueError: The name is unknown, or the data is damaged or does not fit what is asked for.
         TypeError: The user's callable returns something else than two loaders of batches of tensors.
+
+    Warns:
+        UserWarning: The user's training loader gives other batches though the seed is the same.
     """
     counts = {
         "batch_size": batch_size, "train_examples": train_examples, "test_examples": test_examples,
@@ -295,10 +301,10 @@ def _characters(
 # ---------------------------------------------------------------------------------------------- a user's loaders
 @dataclass(frozen=True, eq=False)
 class _Loaders:
-    """Two collections of batches, gone through with torch's global random numbers set by the seed.
+    """Two collections of batches, gone through with torch's global random numbers and the loader's own set by the seed.
 
-    So every arm sees the same batches in the same order, unless a loader draws from NumPy or from a generator that it
-    keeps. The numbers outside are left as they are.
+    So every arm sees the same batches in the same order, unless a loader draws from NumPy, say. The numbers outside are
+    left as they are.
     """
 
     spec: str
@@ -327,22 +333,40 @@ class _Loaders:
 
 
 def _gone_through(caller: str, what: str, loader: Iterable[Batch], seed: int) -> Iterator[Batch]:
-    state = torch.Generator().manual_seed(seed).get_state()
+    generators = _generators_of(loader)
+    states = [torch.Generator(generator.device).manual_seed(seed).get_state() for generator in generators]
     iterator = None
     for number in count(1):
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state)
-            try:
-                iterator = iter(loader) if iterator is None else iterator
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise ValueError(
-                    f"{caller}: {what} must give every batch, got {type(error).__name__} at batch {number}: {error}"
-                ) from error
-            state = torch.get_rng_state()
+        outside = [generator.get_state() for generator in generators]
+        _set_states(generators, states)
+        try:
+            iterator = iter(loader) if iterator is None else iterator
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(
+                f"{caller}: {what} must give every batch, got {type(error).__name__} at batch {number}: {error}"
+            ) from error
+        finally:
+            # passes may take turns: a training is under way while the test loader is gone through
+            states = [generator.get_state() for generator in generators]
+            _set_states(generators, outside)
         yield batch
+
+
+def _generators_of(loader: Iterable[Batch]) -> list[torch.Generator]:
+    """Each once: torch's global one, and what a DataLoader and its samplers draw from."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    own = [getattr(holder, "generator", None) for holder in holders]
+    found = [torch.default_generator, *(one for one in own if isinstance(one, torch.Generator))]
+    return list({id(generator): generator for generator in found}.values())
+
+
+def _set_states(generators: list[torch.Generator], states: list[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
 
 
 def _check_batch(batch: Batch, where: str, num_classes: int | None, caller: str) -> None:
@@ -400,9 +424,19 @@ def _from_loaders(spec: str, device: torch.device, caller: str) -> Brought:
                 f"{type(loader).__name__}. Return a DataLoader or a list of batches."
             )
     train, held_out = made
-    steps, num_classes = _sizes(spec, train, caller)
+    first, steps, num_classes = _sizes(spec, train, caller)
     source = _Loaders(spec, train, held_out, device, caller, num_classes)
     example, test_example = next(source.one_pass(0, augment=False)), next(source.test())
+    is_repeatable = _digest([first]) == _digest([example])
+    if not is_repeatable:
+        warnings.warn(
+            f"{caller}: the training loader of {spec} should give the same batches at every pass with one seed, got "
+            "another first batch at the second pass: different initialisers see different batches, and a run that is "
+            "resumed or repeated gives other numbers. Have it draw from torch's random numbers alone, which are seeded "
+            "at every pass: leave out what shuffles with NumPy, with Python's random or with a generator that is "
+            "hidden in it, or give it a sampler that draws from torch's global generator.",
+            stacklevel=3,
+        )
     size = count_examples(example, caller)
     return Brought(
         name=spec,
@@ -412,6 +446,7 @@ def _from_loaders(spec: str, device: torch.device, caller: str) -> Brought:
             "train_batches": steps,
             "batch_size": size,
             "num_classes": num_classes,
+            "is_repeatable": is_repeatable,
             "sha256": _digest([example, test_example]),
             "sha256_of": "the first training batch and the first test batch",
         },
@@ -425,8 +460,8 @@ def _from_loaders(spec: str, device: torch.device, caller: str) -> Brought:
     )
 
 
-def _sizes(spec: str, loader: Any, caller: str) -> tuple[int, int | None]:
-    """How many batches and classes: as the loader says, or else by going through it once."""
+def _sizes(spec: str, loader: Any, caller: str) -> tuple[Batch, int, int | None]:
+    """The first batch of seed 0, and how many batches and classes: as the loader says, or by going through it once."""
     what = f"the training loader of {spec}"
     first = next(_gone_through(caller, what, loader, 0), None)
     if first is None:
@@ -439,13 +474,13 @@ def _sizes(spec: str, loader: Any, caller: str) -> tuple[int, int | None]:
     except TypeError:  # no length, or a DataLoader of a data set without one
         steps = None
     if steps is not None and (classes is not None or not is_labelled):
-        return steps, len(classes) if classes is not None and is_labelled else None
+        return first, steps, len(classes) if classes is not None and is_labelled else None
     number, largest = 0, -1
     for number, batch in enumerate(_gone_through(caller, what, loader, 0), 1):
         _check_batch(batch, f"batch {number} of {what}", None, caller)
         labels = _labels(batch)
         largest = largest if labels is None or not labels.numel() else max(largest, int(labels.max()))
-    return number, largest + 1 if is_labelled else None
+    return first, number, largest + 1 if is_labelled else None
 
 
 def _digest(batches: list[Batch]) -> str:

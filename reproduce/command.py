@@ -2,11 +2,12 @@
 
 import ast
 import json
+import os
 import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, TextIO, TypeVar
 
 import torch
@@ -19,6 +20,10 @@ from common.types import DerivativeError
 
 Config = TypeVar("Config")
 INTERRUPTED = 130  # the shell's own status for Ctrl-C
+TRACEBACK = "LEARNED_INIT_TRACEBACK"
+"""The variable that, set to anything, has a user's mistake end in its traceback, as a bug does."""
+MADE_HERE = ("digits", "noise", "pydoc", "embedded", "reversed")
+"""Data that no network is asked for."""
 GO_ON = "Interrupted. The same command with --output and the run folder named above goes on from here."
 
 
@@ -72,17 +77,35 @@ def options_of(texts: Iterable[str], caller: str, form: str = "key=value") -> di
 
 
 def begin(experiment: str, config: Any, console: Console) -> Run:
-    """The run folder, new or resumed; the numbers in it do not depend on where data and folder are, nor on `quiet`."""
-    asked = asdict(replace(config, data_dir=None, output=None, quiet=False))
-    folder = open_run(experiment, asked, seed=0, output=config.output)
-    console.print(f"Loading data ({config.data}); from the hub this may take a minute the first time.")
+    """The run folder, new or resumed.
+
+    The numbers in it do not depend on where data and folder are, nor on `quiet`, nor on how many `processes` share the
+    work: a run that was cut off for want of memory goes on with fewer.
+    """
+    free = {"data_dir": None, "output": None, "quiet": False}
+    free |= {"processes": 1} if "processes" in {field.name for field in fields(config)} else {}
+    folder = open_run(experiment, asdict(replace(config, **free)), seed=0, output=config.output)
+    hub = "; from the hub this may take a minute the first time" if may_ask_hub(config.data) else ""
+    console.print(f"Loading data ({config.data}){hub}.", markup=False)
     return folder
+
+
+def may_ask_hub(data: str) -> bool:
+    """Whether data of that name may come from the Hugging Face hub: no folder, nothing made here, no user's loaders.
+
+    Example:
+        >>> [may_ask_hub(name) for name in ("auto", "cifar10", "hub:mnist", "digits", "my.data:make")]
+        [True, True, True, False, False]
+    """
+    name = data.removeprefix("hub:")
+    is_user = name == data and ":" in data
+    return not (is_user or data in MADE_HERE or os.path.isdir(name))
 
 
 def make_progress(*, quiet: bool) -> Progress:
     """Work done and time left, on standard error so that the table can be piped."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -107,7 +130,12 @@ def out_of_memory(error: Exception) -> str | None:
 
 
 def mistake_of(error: Exception) -> str | None:
-    """One sentence for what a user can mend; None for a bug, which is for its traceback to tell."""
+    """One sentence for what a user can mend; None for a bug, which is for its traceback to tell.
+
+    None for everything where the variable LEARNED_INIT_TRACEBACK is set.
+    """
+    if os.environ.get(TRACEBACK):
+        return None
     is_mistake = isinstance(error, (ValueError, TypeError, OSError, DerivativeError))
     return out_of_memory(error) or (str(error) if is_mistake else None)
 
@@ -134,6 +162,9 @@ def tell_warnings() -> None:
 
 def end_well(main: Callable[[], object], *, interrupted: str = GO_ON) -> None:
     """Run a command; a user's mistake ends in one sentence, not in a traceback, Ctrl-C in the shell's own status.
+
+    Bugs of ours that raise a ValueError or a TypeError end in a sentence too. With the variable LEARNED_INIT_TRACEBACK
+    set, and not empty, whatever was raised shows its traceback.
 
     Args:
         main: The command.

@@ -14,8 +14,9 @@ when it is resumed. So updates of the model's own start are timed before anythin
 of updates once and for all; so does the cost of each initialiser, its seconds over those of an update (for a learned
 method, of updates timed again just before and after it). Both are recorded, and a resumed run goes by its records. A
 training is cut into slices of equal length, each with an evaluation at its end, so that a cost is taken off to the
-nearest update a slice. An arm whose initialiser took the whole budget is evaluated untrained, and this is said.
-Evaluations cost nothing.
+nearest update a slice; of a small budget there are fewer slices than evaluations were asked for where those would leave
+updates over. An arm whose initialiser took the whole budget is evaluated untrained, and this is said. Evaluations cost
+nothing.
 
 Published, a learned method makes hundreds of steps, which cost more than many a budget. So a short trial times a step,
 and the method makes as many as fit into `--init-share` of the budget; how many is recorded and said. Trials cost
@@ -53,6 +54,8 @@ from reproduce.processes import Advance, Do, Here, Workers
 
 EXPERIMENT = "compare"
 Work = Trial | Initialise | Train
+LEFT_OVER = 0.05
+"""Less than this share of a budget is left over by slices of equal length. Ours."""
 
 PRESETS = {
     "smoke": Config(
@@ -125,6 +128,20 @@ def slice_length(budget: float, cost: float, slices: int) -> int:
     return min(round(max(0.0, budget - cost) / slices), int(budget / slices))
 
 
+def slices_of(budget: int, evaluations: int) -> int:
+    """How many slices a training has: as many as evaluations, fewer where a twentieth of the budget would be left over.
+
+    Args:
+        budget: In updates.
+        evaluations: At the most.
+
+    Example:
+        >>> [slices_of(budget, 5) for budget in (3, 9, 14, 24, 49, 324)]
+        [3, 3, 2, 4, 4, 5]
+    """
+    return next(slices for slices in range(min(evaluations, budget), 0, -1) if budget % slices < LEFT_OVER * budget)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the run's timing comes to: the same however often it is resumed."""
@@ -135,6 +152,11 @@ class Plan:
     slices: int
     charge: bool
     init_share: float
+
+    @property
+    def longest(self) -> int:
+        """Updates of a training whose initialisation costs nothing."""
+        return self.slices * slice_length(self.budget, 0.0, self.slices)
 
     def training(self, unit: Train, initialisation: Mapping[str, Any]) -> Train:
         """The unit, with what its arm's initialisation has left of the budget."""
@@ -157,7 +179,8 @@ def make_plan(config: Config, timing: Mapping[str, Any], steps_per_epoch: int) -
             f"{EXPERIMENT}: `budget` must be worth an update at least, got {config.budget}, with {seconds:.3g} s an "
             f"update and {steps_per_epoch} updates an epoch."
         )
-    return Plan(seconds, whole, min(config.evaluations, whole), config.charge, config.init_share or 0.0)
+    slices = slices_of(whole, config.evaluations)
+    return Plan(seconds, whole, slices, config.charge, config.init_share or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -217,7 +240,7 @@ def _check_processes(config: Config) -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Everything: compute what the folder does not hold yet, then table, page and summary from its records."""
+    """Everything: compute what the folder does not hold yet, then page, summary and table from its records."""
     check_config(config)
     console = Console()
     device = device_of(config.device, EXPERIMENT)
@@ -225,18 +248,24 @@ def run(config: Config) -> dict[str, Any]:
     # the device is the workers', where there are any
     bench = Bench(config, device if config.processes == 1 else torch.device("cpu"), folder.folder, EXPERIMENT)
     write_environment(folder, bench.data.record | {"identity": bench.data.identity}, device)
-    console.print(f"Data: {bench.data.identity}.")
-    console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    console.print(f"Data: {bench.data.identity}.", markup=False)
+    console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}", markup=False)
     bench.draw(0)  # a model or loss that cannot be had says so now
     with make_progress(quiet=config.quiet) as progress:
         compute(config, folder, bench, progress, console)
-    summary = report(config, folder, console) | {"data": bench.data.identity, "device": device_name(device)}
-    folder.finish(summary)
-    return summary
+    return report(config, folder, console, {"data": bench.data.identity, "device": device_name(device)})
 
 
-def report(config: Config, folder: Run, console: Console) -> dict[str, Any]:
-    """Table, page and file of numbers, from the records alone."""
+def report(config: Config, folder: Run, console: Console, about: dict[str, Any]) -> dict[str, Any]:
+    """Page, file of numbers and summary, from the records alone; then the table.
+
+    Args:
+        config: Of the run.
+        folder: With its records.
+        console: Printed to last of all: whoever reads it may be gone, as `head` is.
+        about: What else the summary says.
+    """
+    environment = json.loads((folder.folder / "environment.json").read_text("utf-8"))
     records = [record for record in folder.records if record["kind"] in ("initialisation", "training")]
     ended = [record for record in records if record["kind"] == "training" and record["error"] is None]
     is_classification = any("test_accuracy" in record["history"][-1] for record in ended)
@@ -244,19 +273,15 @@ def report(config: Config, folder: Run, console: Console) -> dict[str, Any]:
         records, arms=config.methods, seeds=range(config.seeds), learning_rates=config.rates,
         reference=config.reference or config.methods[0],
         metric="test_accuracy" if is_classification else "test_loss",
-    )  # fmt: skip
-    print_report(console, summary)
-    if untrained := sorted({record["arm"] for record in ended if record["updates"] == 0}):
-        console.print(
-            f"Not trained, as the initialisation took the whole budget: {', '.join(untrained)}. Give a larger "
-            "--budget, or fewer steps by --options, or compare with --no-charge."
-        )
-    environment = json.loads((folder.folder / "environment.json").read_text("utf-8"))
+        paired=environment["data"].get("is_repeatable", True),
+    ) | about  # fmt: skip
     command = shlex.join(["python", "-m", "reproduce.compare", *sys.argv[1:]])
     page = write_report(
         folder.folder, records, summary, command=command, config=asdict(config), environment=environment
     )  # fmt: skip
-    console.print(f"Records, weights, results.csv and {page.name}: {folder.folder}")
+    folder.finish(summary)
+    print_report(console, summary)
+    console.print(f"Records, weights, results.csv and {page.name}: {folder.folder}", markup=False)
     return summary
 
 
@@ -282,7 +307,7 @@ def compute(config: Config, folder: Run, bench: Bench, progress: Progress, conso
         work = make_work(config, bench, lambda share: progress.advance(bar, share), stack)
         progress.update(bar, description=str(Timing()))
         plan = make_plan(config, timed(folder, work), bench.data.steps_per_epoch)
-        console.print(foreseen(plan, config, trainings))
+        console.print(foreseen(plan, config, trainings), markup=False)
         while todo or work.is_busy:
             todo = [unit for unit in todo if not is_void(unit, folder)]
             while work.has_room and (unit := next((unit for unit in todo if is_ready(unit, config, folder)), None)):
@@ -294,7 +319,7 @@ def compute(config: Config, folder: Run, bench: Bench, progress: Progress, conso
                 if record["kind"] == "trial" and record["steps"] < record["published"]:
                     title, share = METHODS[record["arm"]].title, f"{100 * plan.init_share:g} % of the budget"
                     made = f"{title}, {record['steps']} of {record['published']} steps"
-                    console.print(f"{made}: as many as fit into {share}, or {FEWEST_STEPS}.")
+                    console.print(f"{made}: as many as fit into {share}, or {FEWEST_STEPS}.", markup=False)
 
 
 def make_work(config: Config, bench: Bench, advance: Advance, stack: ExitStack) -> Here | Workers:
@@ -353,10 +378,12 @@ def completed(unit: Work, plan: Plan, folder: Run) -> Work:
 
 def foreseen(plan: Plan, config: Config, trainings: int) -> str:
     """What the user is in for."""
-    seconds = round(trainings * plan.budget * plan.seconds_per_update / config.processes)
+    seconds = round(trainings * plan.longest * plan.seconds_per_update / config.processes)
+    evaluations = f"{plan.slices} {'evaluation' if plan.slices == 1 else 'evaluations'}"
+    cost = ", less what its initialisation costs" if plan.charge else ""
     return (
-        f"Each training may take {plan.budget} updates, of {plan.seconds_per_update:.3g} s. Left to do: {trainings} "
-        f"trainings, {timedelta(seconds=seconds)} at most without evaluations."
+        f"Each training makes {plan.longest} updates of {plan.seconds_per_update:.3g} s{cost}, with {evaluations}. "
+        f"Left to do: {trainings} trainings, {timedelta(seconds=seconds)} at most without evaluations."
     )
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from scipy import stats
 
-from reproduce.compare_report import Interval, Metric, Records, Summary, mean_or_none, metric_of, number
+from reproduce.compare_report import Interval, Metric, Records, Summary, marked, mean_or_none, metric_of, number
 from reproduce.figures import log_scale
 from reproduce.page import INK, MUTED, WIDTH, series_style
 
@@ -162,7 +162,7 @@ def draw_ends(summary: Summary, arms: Sequence[str]) -> Figure:
     if limits is not None:
         low, high = map(metric.drawn, limits)
         axes.set_xlim(low - MARGIN * (high - low), high + MARGIN * (high - low))
-    axes.set_yticklabels(arms)
+    axes.set_yticklabels([marked(summary, arm) for arm in arms])
     axes.tick_params(axis="y", length=0)
     return figure
 

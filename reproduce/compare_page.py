@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from reproduce.compare_report import (
     how_chosen,
     how_sure,
     interval_text,
+    marked,
     mean_text,
     metric_of,
     number,
@@ -38,6 +39,7 @@ from reproduce.compare_report import (
     rounded,
     shortened,
     steps_text,
+    unpaired,
 )
 from reproduce.page import Cell, Code, Column, Part, Picture, Prose, Section, Table, svg_of, write_csv, write_page
 
@@ -50,6 +52,8 @@ QUANTITY_HELP = {
     "Gradient norm": "Norm of the loss's gradient with respect to each layer's weights, after the initialisation.",
     "Weight norm": "Norm of each layer's weights, after the initialisation.",
 }
+SEEDS_FOR_QUARTERS = 4
+"""Of fewer seeds, the interquartile mean is the mean."""
 ARROWS = " An arrow points to results beyond the axis; a number beside it is their mean."
 
 
@@ -71,6 +75,8 @@ def write_report(
         command: What was typed, to be shown and typed again.
         config: Of the run; `model` and `data` stand in the title.
         environment: As in `environment.json`: data identity, device, versions.
+
+    Verdicts stand beside what they must not be read without: arms that were not trained are marked wherever they are.
     """
     sections = [
         Section("Result", list(_result_parts(summary))),
@@ -85,7 +91,7 @@ def write_report(
     write_page(
         path,
         title=f"Initialisations of {config['model']} on {config['data']}",
-        lead=conclude(summary),
+        lead=" ".join([conclude(summary), *unpaired(summary)]),
         sections=[section for section in sections if section.parts],
         footer=_footer(environment),
     )
@@ -103,7 +109,7 @@ def _result_parts(summary: Summary) -> Iterator[Part]:
         yield Picture(
             svg_of(partial(draw_ends, summary, drawn)),
             f"{metric.label} at the end, by arm. "
-            + "; ".join(f"{arm} {metric.text(summary['arms'][arm]['mean'])}" for arm in drawn),
+            + "; ".join(f"{marked(summary, arm)} {metric.text(summary['arms'][arm]['mean'])}" for arm in drawn),
             "Mean over seeds with its interval; a small dot is one seed. The dotted line is the reference's mean."
             + (ARROWS if limits_of(summary, drawn) else ""),
         )
@@ -114,7 +120,7 @@ def _result_parts(summary: Summary) -> Iterator[Part]:
             "Mean over seeds at each learning rate; the large mark is the one chosen.",
         )
         yield _rate_table(summary, metric)
-    if drawn and len(summary["seeds"]) > 1:
+    if drawn and len(summary["seeds"]) >= SEEDS_FOR_QUARTERS:
         yield _mean_table(summary, metric)
 
 
@@ -124,13 +130,19 @@ def _headline_table(summary: Summary, metric: Metric) -> Table:
     columns = [
         Column("arm", help="The initialisation."),
         Column("mean", True, f"{metric.label}, at the last evaluation, mean over seeds."),
-        Column(f"against {reference}", help="Better or worse only where both intervals of the difference leave out 0."),
+        Column("95 %", True, "Interval of the mean: bootstrap over seeds."),
+        Column(
+            f"against {marked(summary, reference)}",
+            help="Better or worse only where both intervals of the difference leave out 0.",
+        ),
         Column("difference", True, f"Arm minus {reference}, {unit}: mean over the seeds that both were run with."),
-        Column("95 %, bootstrap", True, "Interval of the difference: bootstrap over the paired seeds."),
+        Column(
+            "95 %, bootstrap", True, "Interval of the difference: bootstrap over the seeds that both were run with."
+        ),
         Column("95 %, Student", True, "Interval of the difference: Student's t, wider with few seeds."),
-        Column("learning rate", True, "Chosen for this arm."),
-        Column("diverged", True, "Of the runs at that learning rate."),
-        Column("cost, updates", True, "Of the initialisation, in training updates of the same time."),
+        Column("rate", True, "The learning rate chosen for this arm."),
+        *_ending_columns(summary["arms"].values()),
+        Column("cost", True, "Of the initialisation, in training updates of the same time."),
     ]
     comparisons = {comparison["arm"]: comparison for comparison in summary["comparisons"]}
     rows = []
@@ -139,32 +151,37 @@ def _headline_table(summary: Summary, metric: Metric) -> Table:
         is_better = found["verdict"] == BETTER
         rows.append(
             [
-                arm,
+                Cell(marked(summary, arm), arm),
                 Cell(mean_text(row, metric), number(row["mean"]), emphasis=is_better),
+                _interval_cell(row["low"], row["high"], metric.text),
                 Cell(found["verdict"], emphasis=is_better),
                 _cell(found.get("difference"), metric.signed),
                 _interval_cell(found.get("low"), found.get("high"), metric.signed),
                 _interval_cell(found.get("t_low"), found.get("t_high"), metric.signed),
                 row["learning_rate"],
-                _diverged_cell(row),
+                *_ending_cells(row, summary["arms"].values()),
                 _cell(row["initialisation"]["updates"], rounded),
             ]
         )
     order = "Higher" if metric.higher_is_better else "Lower"
-    caption = f"{order} is better; {seeds} {'seed' if seeds == 1 else 'seeds'}. {shortened(summary)}".strip()
+    said = [f"{order} is better; {seeds} {'seed' if seeds == 1 else 'seeds'}."]
+    said += [] if _ending_columns(summary["arms"].values()) else ["No run at these rates diverged or failed."]
+    caption = " ".join([*said, shortened(summary)]).strip()
     return Table(at_the_end(metric), columns, rows, caption)
 
 
 def _rate_table(summary: Summary, metric: Metric) -> Table:
-    names = ("learning rate", "mean", "95 % interval", "diverged")
-    columns = [Column("arm"), *(Column(name, is_number=True) for name in names), Column("chosen")]
+    names = ("learning rate", "mean", "95 % interval")
+    points = [point for row in summary["arms"].values() for point in row["grid"]]
+    numbers = [*(Column(name, is_number=True) for name in names), *_ending_columns(points)]
+    columns = [Column("arm"), *numbers, Column("chosen")]
     rows = [
         [
-            arm,
+            marked(summary, arm),
             point["learning_rate"],
             Cell(mean_text(point, metric), number(point["mean"])),
             _interval_cell(point["low"], point["high"], metric.text),
-            _diverged_cell(point),
+            *_ending_cells(point, points),
             "chosen" if point["learning_rate"] == row["learning_rate"] else "",
         ]
         for arm, row in summary["arms"].items()
@@ -174,11 +191,9 @@ def _rate_table(summary: Summary, metric: Metric) -> Table:
 
 
 def _mean_table(summary: Summary, metric: Metric) -> Table:
-    """The interquartile mean too, from four seeds on: of fewer it is the mean."""
-    shown = {"mean": ("mean", "low", "high", "")}
-    if len(summary["seeds"]) >= 4:
-        about = "Without the lowest and the highest quarter of the seeds, so that one odd seed does not decide."
-        shown["interquartile mean"] = ("iqm", "iqm_low", "iqm_high", about)
+    """The mean and what is left of it without the quarters at both ends."""
+    about = "Without the lowest and the highest quarter of the seeds, so that one odd seed does not decide."
+    shown = {"mean": ("mean", "low", "high", ""), "interquartile mean": ("iqm", "iqm_low", "iqm_high", about)}
     columns = [Column("arm")]
     for name, (*_, about) in shown.items():
         columns += [Column(name, True, about), Column(f"95 %, {name}", True, "Bootstrap over seeds.")]
@@ -187,9 +202,9 @@ def _mean_table(summary: Summary, metric: Metric) -> Table:
         cells: list[Cell] = []
         for key, low, high, _ in shown.values():
             cells += [_cell(row[key], metric.text), _interval_cell(row[low], row[high], metric.text)]
-        rows.append([arm, *cells])
+        rows.append([marked(summary, arm), *cells])
     caption = f"{metric.label.capitalize()} at the end."
-    return Table("Every arm's mean, with its interval", columns, rows, caption, is_folded=True)
+    return Table("Every arm's mean, and that without odd seeds", columns, rows, caption, is_folded=True)
 
 
 def _cell(value: float | None, text: Callable[[float | None], str]) -> Cell:
@@ -202,6 +217,21 @@ def _interval_cell(low: float | None, high: float | None, text: Callable[[float 
 
 def _diverged_cell(row: Mapping[str, Any]) -> Cell:
     return Cell(diverged_text(row), row["diverged"] / len(row["seeds"]) if row["seeds"] else math.nan)
+
+
+def _ending_columns(shown: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """How runs ended that gave no number: two columns, or none where none did."""
+    if not any(row["diverged"] or row["failed"] for row in shown):
+        return []
+    return [
+        Column("diverged", True, "Of the runs at that learning rate."),
+        Column("failed", True, "Of the runs at that learning rate: ended with an error."),
+    ]
+
+
+def _ending_cells(row: Mapping[str, Any], shown: Iterable[Mapping[str, Any]]) -> list[Cell]:
+    failed = Cell(f"{row['failed']} of {len(row['seeds'])}" if row["seeds"] else "–", row["failed"])
+    return [_diverged_cell(row), failed] if _ending_columns(shown) else []
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -302,11 +332,15 @@ def _method_parts(
     summary: Summary, command: str, config: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> Iterator[Part]:
     yield Code(command)
+    fixed = (
+        "A seed fixes the network's own initialisation, the batches that an initialiser sees and the order of "
+        "training, for every arm alike: this is what makes differences paired."
+        if summary["paired"]
+        else "A seed fixes the network's own initialisation, for every arm alike, and nothing else."
+    )
+    said = " ".join([f"Seeds {', '.join(map(str, summary['seeds']))}. {fixed}", *unpaired(summary)])
     yield Prose(
-        f"Data: {environment['data']['identity']}\n\n"
-        f"Seeds {', '.join(map(str, summary['seeds']))}. A seed fixes the network's own initialisation, the batches "
-        "that an initialiser sees and the order of training, for every arm alike: this is what makes differences "
-        "paired. Every number of this page is in results.csv, beside it."
+        f"Data: {environment['data']['identity']}\n\n{said} Every number of this page is in results.csv, beside it."
     )
     yield Code(json.dumps(config, indent=2, default=str))
 
@@ -330,7 +364,7 @@ def _csv_rows(records: Records, summary: Summary) -> Iterator[list[str | float |
     def row(table: str, quantity: str, value: Any, **keys: Any) -> list[Any]:
         return [*({"table": table, "quantity": quantity, "value": value, **keys}.get(c) for c in CSV_COLUMNS)]
 
-    statistics = ("mean", "low", "high", "iqm", "iqm_low", "iqm_high", "diverged")
+    statistics = ("mean", "low", "high", "iqm", "iqm_low", "iqm_high", "diverged", "failed", "untrained")
     for arm, own in summary["arms"].items():
         for key in statistics:
             yield row("result", key, own[key], arm=arm, learning_rate=own["learning_rate"])

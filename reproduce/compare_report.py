@@ -1,7 +1,7 @@
 """Numbers, sentences and the table on the screen of `reproduce.compare`, from its records alone."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 9999
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 ONE_SEED, NO_SPREAD = "one seed: no claim", "equal in all seeds: no claim"
-DIVERGED, NO_RUN = "diverged: no claim", "no run"
+FAILED, DIVERGED, NO_RUN = "failed: no claim", "diverged: no claim", "no run"
 
 FALSE_CLAIMS = {"normal": 5, "exponential": 12}
 """Percent of arms that do not differ, and yet are called better or worse, by how differences are distributed.
@@ -94,7 +94,13 @@ def verdict(bootstrap: Interval, student: Interval, *, higher_is_better: bool) -
 
 
 def compare_arms(
-    arm: str, other: str, after: Mapping[int, float], before: Mapping[int, float], *, higher_is_better: bool
+    arm: str,
+    other: str,
+    after: Mapping[int, float],
+    before: Mapping[int, float],
+    *,
+    failed: Collection[int] = (),
+    higher_is_better: bool,
 ) -> dict[str, Any]:
     """One arm minus another, over the seeds both have: mean difference, both intervals, and what they show.
 
@@ -103,6 +109,7 @@ def compare_arms(
         other: Whose value is `before`.
         after: By seed.
         before: By seed.
+        failed: Seeds at which a training of either ended with an error: no result is not a bad one, nor left out.
         higher_is_better: Of the metric.
     """
     seeds = sorted(after.keys() & before.keys())
@@ -112,6 +119,8 @@ def compare_arms(
     found: dict[str, Any] = {"arm": arm, "against": other, "pairs": len(seeds), **nothing}
     if not seeds:
         return found | {"verdict": NO_RUN}
+    if not set(seeds).isdisjoint(failed):
+        return found | {"verdict": FAILED}
     if not all(map(math.isfinite, differences)):
         return found | {"verdict": DIVERGED}
     found["difference"] = float(np.mean(differences))
@@ -133,12 +142,13 @@ def summarise(
     learning_rates: Sequence[float],
     reference: str,
     metric: str,
+    paired: bool = True,
 ) -> Summary:
     """For each arm its numbers at its own learning rate, its cost and its refusals; every arm against the reference.
 
     A run's result is the metric at its last evaluation. An arm's learning rate is the one with the best mean result
     over seeds, among the rates that most of its seeds were run at. A result that is not finite stands as None, and so
-    does every mean over it.
+    does every mean over it; that of a training which failed too.
 
     Args:
         records: Of a run folder.
@@ -147,6 +157,7 @@ def summarise(
         learning_rates: That were tried for every arm.
         reference: The arm that the others are compared with.
         metric: A key of the histories; accuracies are better the higher, losses the lower.
+        paired: Whether all arms of a seed saw the same batches.
     """
     chosen = metric_of(metric)
     rows = {arm: _row([r for r in records if r["arm"] == arm], learning_rates, chosen) for arm in arms}
@@ -154,6 +165,7 @@ def summarise(
         arm: {seed: number(value) for seed, value in zip(row["seeds"], row["values"], strict=True)}
         for arm, row in rows.items()
     }
+    failed = {arm: _failed_seeds(row) for arm, row in rows.items()}
     return {
         "metric": metric,
         "higher_is_better": chosen.higher_is_better,
@@ -161,10 +173,12 @@ def summarise(
         "seeds": list(seeds),
         "learning_rates": list(learning_rates),
         "confidence": CONFIDENCE,
+        "paired": paired,
         "arms": rows,
         "comparisons": [
             compare_arms(
-                arm, reference, by_seed[arm], by_seed[reference], higher_is_better=chosen.higher_is_better
+                arm, reference, by_seed[arm], by_seed[reference], failed=failed[arm] | failed[reference],
+                higher_is_better=chosen.higher_is_better,
             )
             for arm in arms
             if arm != reference
@@ -200,6 +214,11 @@ def _row(records: Records, learning_rates: Sequence[float], metric: Metric) -> d
     }
 
 
+def _failed_seeds(row: Mapping[str, Any]) -> set[int]:
+    """At the arm's learning rate."""
+    return {one["seed"] for one in row["failures"] if one["learning_rate"] == row["learning_rate"]}
+
+
 def _point(rate: float | None, records: Records, metric: Metric) -> dict[str, Any]:
     """An arm at one learning rate."""
     values = [_result(record, metric.name) for record in records]
@@ -219,6 +238,7 @@ def _point(rate: float | None, records: Records, metric: Metric) -> dict[str, An
         "iqm_high": iqm_high,
         "diverged": sum(record["diverged"] for record in records),
         "failed": sum(record.get("error") is not None for record in records),
+        "untrained": sum(record.get("error") is None and record["updates"] == 0 for record in records),
     }
 
 
@@ -255,7 +275,7 @@ def conclude(summary: Summary) -> str:
         return f"The reference, {reference}, was not run or refused this model: nothing is compared."
     by_verdict: dict[str, list[str]] = {}
     for comparison in summary["comparisons"]:
-        by_verdict.setdefault(comparison["verdict"], []).append(comparison["arm"])
+        by_verdict.setdefault(comparison["verdict"], []).append(marked(summary, comparison["arm"]))
     said = [
         f"{before}: {', '.join(by_verdict[key])}."
         for key, before in (
@@ -264,14 +284,52 @@ def conclude(summary: Summary) -> str:
             (UNDECIDED, "No difference shown"),
             (ONE_SEED, "No claim from a single seed"),
             (NO_SPREAD, "No claim, because the difference is equal in all seeds"),
+            (FAILED, "No claim, because trainings failed"),
             (DIVERGED, "No claim, because runs diverged"),
             (NO_RUN, "Not run, or refused"),
         )
         if key in by_verdict
     ]
     if not said:
-        return f"Only {reference} was run: nothing to compare it with."
-    return " ".join([f"Against {reference}, by {label} at the end of training.", *said])
+        said = [f"Only {marked(summary, reference)} was run: nothing to compare it with."]
+    else:
+        said.insert(0, f"Against {marked(summary, reference)}, by {label} at the end of training.")
+        if summary["arms"][reference]["mean"] is None:
+            went = "failed" if summary["arms"][reference]["failed"] else "diverged"
+            said.append(f"Of {reference} itself, trainings {went}: no arm has anything to be compared with.")
+    return " ".join([*said, *untrained(summary)])
+
+
+def marked(summary: Summary, arm: str) -> str:
+    """The arm's name, with a remark where its result is one without training."""
+    row = summary["arms"][arm]
+    return f"{arm} (untrained{_untrained_share(row)})" if row["untrained"] else arm
+
+
+def _untrained_share(row: Mapping[str, Any]) -> str:
+    count, seeds = row["untrained"], len(row["seeds"])
+    return "" if count == seeds else f" at {count} of {seeds} seeds"
+
+
+def untrained(summary: Summary) -> list[str]:
+    """The sentence on arms whose initialisation left no training, or none."""
+    arms = [f"{arm}{_untrained_share(row)}" for arm, row in summary["arms"].items() if row["untrained"]]
+    if not arms:
+        return []
+    return [
+        f"Not trained, as the initialisation took the whole budget: {', '.join(arms)}. Give a larger --budget, or "
+        "fewer steps by --options, or compare with --no-charge."
+    ]
+
+
+def unpaired(summary: Summary) -> list[str]:
+    """The sentence on data that no seed fixes, or none."""
+    if summary["paired"]:
+        return []
+    return [
+        "The training loader gives other batches at each pass, whatever the seed: arms share their draws of the model "
+        "alone, not the batches nor their order, and a run that is resumed or repeated gives other numbers."
+    ]
 
 
 def how_sure(summary: Summary) -> str:
@@ -280,11 +338,12 @@ def how_sure(summary: Summary) -> str:
     if pairs < 2:
         return "With one seed there is no interval and no claim: repeat with --seeds 3 or more."
     return (
-        f"An arm is better or worse only where both {100 * CONFIDENCE:.0f} % intervals of its paired difference leave "
-        f"out 0: the percentile bootstrap's over seeds ({RESAMPLES} resamples) and Student's t, which allows for few "
-        f"seeds. Of arms that do not differ from the reference, about {FALSE_CLAIMS['normal']} in 100 are called so "
-        f"all the same, up to {FALSE_CLAIMS['exponential']} where differences are skewed: the more arms, the more "
-        "likely is one of them. No difference shown does not mean that there is none: few seeds show only large ones."
+        f"An arm is better or worse only where both {100 * CONFIDENCE:.0f} % intervals of its difference, seed by "
+        f"seed, leave out 0: the percentile bootstrap's over seeds ({RESAMPLES} resamples) and Student's t, which "
+        f"allows for few seeds. Of arms that do not differ from the reference, about {FALSE_CLAIMS['normal']} in 100 "
+        f"are called so all the same, up to {FALSE_CLAIMS['exponential']} where differences are skewed: the more "
+        "arms, the more likely is one of them. No difference shown does not mean that there is none: few seeds show "
+        "only large ones."
     )
 
 
@@ -296,7 +355,7 @@ def how_chosen(summary: Summary) -> str:
     return (
         f"Each arm has its own learning rate, of {', '.join(f'{rate:g}' for rate in rates)}: the one with the best "
         f"mean {metric_of(summary['metric']).title} at the end over seeds. It is chosen on the numbers that are "
-        "reported, which flatters every arm alike."
+        "reported, which flatters an arm, and the more so, the more of its rates train about equally well."
     )
 
 
@@ -308,11 +367,11 @@ def print_report(console: Console, summary: Summary) -> None:
     table.add_column("arm", no_wrap=True)
     for heading in ("lr", "mean", "95 %", "diverged", "cost"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column(f"against {summary['reference']}")
+    table.add_column(f"against {marked(summary, summary['reference'])}")
     verdicts = {comparison["arm"]: comparison for comparison in summary["comparisons"]}
     for arm, row in summary["arms"].items():
         table.add_row(
-            arm,
+            marked(summary, arm),
             "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             mean_text(row, metric),
             interval_text(row["low"], row["high"], metric.text),
@@ -322,7 +381,7 @@ def print_report(console: Console, summary: Summary) -> None:
         )
     console.print(table)
     console.print()
-    said = [conclude(summary), how_sure(summary), how_chosen(summary)]
+    said = [conclude(summary), *unpaired(summary), how_sure(summary), how_chosen(summary)]
     said += [shortened(summary)] if shortened(summary) else []
     said += [f"Refused, {arm}: {message}" for arm, message, _ in refusals(summary)]
     said += [f"Training failed, {arm} ({where}): {message}" for arm, message, where in failures(summary)]

@@ -2,17 +2,19 @@
 
 import hashlib
 import inspect
+import io
 import json
 import re
 import subprocess
 import sys
 import textwrap
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model
 from torch import nn
@@ -22,7 +24,7 @@ from common.functional import classification_loss
 from common.types import DerivativeError
 from papers import METHODS, InitResult, initialize
 from reproduce import apply
-from reproduce.command import GO_ON, end_well, options_of
+from reproduce.command import GO_ON, begin, end_well, options_of
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
 
@@ -400,6 +402,57 @@ def test_what_a_user_can_mend_ends_a_command_in_a_sentence(capsys, error, told):
     assert said.startswith("error: ")
     assert said.endswith(f"{told}\n")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["1", ""])
+def test_a_traceback_can_be_asked_for(monkeypatch, value):
+    def failing():
+        raise ValueError("gradinit: no.")
+
+    monkeypatch.setenv("LEARNED_INIT_TRACEBACK", value)
+    with pytest.raises(ValueError if value else SystemExit):
+        end_well(failing)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of any command."""
+
+    data: str
+    data_dir: Path | None = None
+    output: Path | None = None
+    quiet: bool = True
+
+
+@dataclass(frozen=True)
+class AskedOfSeveral(Asked):
+    processes: int = 1
+
+
+@pytest.mark.parametrize(
+    ("data", "may"),
+    [
+        ("auto", True), ("cifar10", True), ("ptb", True), ("hub:mnist", True), ("hub:folder", False),
+        ("folder", False), ("digits", False), ("noise", False), ("pydoc", False), ("my.loaders:make", False),
+        ("[/x]", True), ("[bold]", True),
+    ],
+)  # fmt: skip
+def test_the_hub_is_named_only_where_it_may_be_asked(tmp_path, monkeypatch, data, may):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    screen = io.StringIO()
+    begin("test", Asked(data, output=tmp_path / "run"), Console(file=screen, width=200))
+    hub = "; from the hub this may take a minute the first time" if may else ""
+    assert screen.getvalue() == f"Loading data ({data}){hub}.\n"
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    for processes in (1, 4, 2):
+        folder = begin("test", AskedOfSeveral("digits", output=tmp_path, processes=processes), Console(quiet=True))
+        folder.append({"kind": "work"})
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["processes"] == 1
+    assert len(folder.records) == 3
+    begin("test", Asked("digits", output=tmp_path / "another"), Console(quiet=True))  # has none
 
 
 def test_a_bug_ends_a_command_in_its_traceback():

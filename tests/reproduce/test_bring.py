@@ -433,6 +433,57 @@ def test_loaders_give_the_same_batches_to_every_arm_and_leave_the_random_numbers
     assert data.record["sha256_of"] == "the first training batch and the first test batch"
 
 
+OWN_GENERATOR = """
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+x, y = torch.randn(22, 5, generator=torch.Generator().manual_seed(0)), torch.arange(22) % 3
+g = torch.Generator().manual_seed(7)
+held_out = DataLoader(TensorDataset(x[:7], y[:7]), 4, shuffle=True, generator=g)
+def shuffled():
+    return DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=g), held_out
+def sampler():
+    return DataLoader(TensorDataset(x, y), 4, sampler=RandomSampler(x, generator=g)), held_out
+def batch_sampler():
+    sampler = BatchSampler(RandomSampler(x, generator=g), 4, drop_last=False)
+    return DataLoader(TensorDataset(x, y), batch_sampler=sampler), held_out
+"""
+
+
+@pytest.mark.parametrize("of", ["shuffled", "sampler", "batch_sampler"])
+def test_a_loaders_own_generator_is_seeded_at_every_pass(user, of):
+    name = user(OWN_GENERATOR)
+    data = brought(f"{name}:{of}")  # without a warning
+    assert data.record["is_repeatable"]
+    outside = sys.modules[name].g.get_state()
+    first = [next(data.train_batches(0, seed=0)) for _ in range(3)]
+    assert same(first[:1], first[1:2])
+    assert same(first[:1], first[2:])
+    whole = list(data.train_batches(0, seed=0))
+    assert not same(whole, data.train_batches(1, seed=0))
+    assert not same(whole, data.train_batches(0, seed=1))
+    under_way = data.train_batches(0, seed=0)
+    begun = [next(under_way), next(under_way)]
+    assert same(list(data.test_batches()), data.test_batches())  # draws from the same generator
+    assert same(whole, begun + list(under_way))
+    assert torch.equal(outside, sys.modules[name].g.get_state())
+
+
+def test_a_loader_that_no_seed_fixes_is_told(user):
+    name = user("""
+        import numpy
+        from torch.utils.data import DataLoader, TensorDataset
+        x, y = torch.randn(220, 5), torch.arange(220) % 3
+        class Shuffled(torch.utils.data.Sampler):
+            random = numpy.random.default_rng(0)
+            def __len__(self): return 220
+            def __iter__(self): return iter(self.random.permutation(220).tolist())
+        def make():
+            return DataLoader(TensorDataset(x, y), 4, sampler=Shuffled()), DataLoader(TensorDataset(x, y), 4)
+    """)
+    with pytest.warns(UserWarning, match=rf"compare: the training loader of {name}:make should give the same.*NumPy"):
+        data = brought(f"{name}:make")
+    assert not data.record["is_repeatable"]
+
+
 def test_only_batches_of_the_first_size_reach_an_initialiser(user):
     name = user("""
         sizes = [3, 5, 3, 2, 3, 7]
@@ -451,8 +502,10 @@ def test_only_batches_of_the_first_size_reach_an_initialiser(user):
     data = brought(f"{name}:make")
     assert [len(y) for _, y in data.train_batches(0, seed=0)] == [3, 5, 3, 2, 3, 7]
     assert [len(y) for _, y in itertools.islice(data.init_batches(seed=0), 7)] == [3] * 7
+    with pytest.warns(UserWarning, match="should give the same batches at every pass"):
+        shrinking = brought(f"{name}:shrinking")
     with pytest.raises(ValueError, match="every pass must have a batch of one size, got none of 9"):
-        list(itertools.islice(brought(f"{name}:shrinking").init_batches(seed=0), 20))
+        list(itertools.islice(shrinking.init_batches(seed=0), 20))
 
 
 def test_any_pytree_is_taken(user):

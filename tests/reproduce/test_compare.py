@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from common.networks import make_network
 from common.record import open_run
@@ -28,7 +30,18 @@ from reproduce.arms import (
     options_for,
     published_steps,
 )
-from reproduce.compare import PRESETS, Budget, Plan, make_plan, order_of_work, parse_budget, run, slice_length
+from reproduce.compare import (
+    PRESETS,
+    Budget,
+    Plan,
+    foreseen,
+    make_plan,
+    order_of_work,
+    parse_budget,
+    run,
+    slice_length,
+    slices_of,
+)
 from tests.reproduce import commands
 
 SMOKE = replace(PRESETS["smoke"], device="cpu", quiet=True, charge=False)
@@ -99,7 +112,8 @@ def test_a_run_leaves_its_folder(complete):
     assert summary["comparisons"][0]["pairs"] == 2
     assert "digits" in summary["data"]
     assert all(len(line) <= 80 for line in screen.splitlines())
-    assert "trainings, " in screen
+    assert "Each training makes 12 updates of" in " ".join(screen.split())
+    assert "Left to do: 8 trainings, " in " ".join(screen.split())
 
 
 def test_arms_begin_with_one_draw_and_see_the_same_batches(tmp_path, single, monkeypatch):
@@ -172,6 +186,72 @@ def test_two_processes_give_the_same_numbers(complete, tmp_path):
     done = run_command("--processes", "2", "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert numbers_of(tmp_path / "run") == numbers_of(complete[0])
+
+
+def test_a_run_is_resumed_with_fewer_processes(complete, single, monkeypatch):
+    monkeypatch.setattr(Bench, "do", None)  # nothing is left to do
+    before = (complete[0] / "config.json").read_text("utf-8")
+    run(replace(SMOKE, processes=2, output=complete[0]))
+    assert (complete[0] / "config.json").read_text("utf-8") == before
+    assert json.loads(before)["processes"] == 1
+
+
+def test_a_reader_that_is_gone_costs_no_page(tmp_path, single, monkeypatch):
+    def broken_pipe(*_):
+        raise SystemExit(1)  # as rich ends
+
+    monkeypatch.setattr(compare, "print_report", broken_pipe)
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        run(replace(SMOKE, methods=("kaiming",), seeds=1, learning_rates=(0.1,), output=folder))
+    assert {"page.html", "results.csv", "summary.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_brackets_in_a_name_are_no_markup(tmp_path, single, monkeypatch, capsys):
+    images = tmp_path / "[bold]pets"
+    for kind in ("cat", "dog"):
+        (images / kind).mkdir(parents=True)
+        for number in range(8):
+            Image.effect_noise((16, 16), 50).convert("RGB").save(images / kind / f"{number}.png")
+    changes = {"train_examples": None, "test_examples": None, "batch_size": 4, "budget": "2 updates", "seeds": 1}
+    monkeypatch.setattr(arms, "TIMED_SECONDS", 0.01)
+    folder = tmp_path / "[/red]run"
+    run(replace(SMOKE, data=str(images), methods=("kaiming",), learning_rates=(0.1,), output=folder, **changes))
+    said = "".join(capsys.readouterr().out.split())
+    assert "Loadingdata(" in said
+    assert said.count("[bold]pets") >= 2
+    assert said.count("[/red]run") == 2
+
+
+UNSEEDED = """
+import itertools, torch
+
+class Training(list):
+    turn = itertools.count()
+    def __iter__(self):
+        return iter([(x + next(Training.turn), y) for x, y in super().__iter__()])
+
+def make():
+    generator = torch.Generator().manual_seed(0)
+    batch = lambda: (torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8) % 2)
+    return Training(batch() for _ in range(5)), [batch()]
+"""
+
+
+def test_data_that_no_seed_fixes_is_said_to_be_unpaired(tmp_path, single, monkeypatch):
+    (tmp_path / "unseeded_loaders.py").write_text(UNSEEDED, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(arms, "TIMED_SECONDS", 0.01)
+    config = replace(
+        SMOKE, data="unseeded_loaders:make", train_examples=None, test_examples=None, batch_size=None,
+        methods=("default", "kaiming"), seeds=2, learning_rates=(0.1,), budget="2 updates", output=tmp_path / "run",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="compare: the training loader of unseeded_loaders:make should give the same"):
+        summary = run(config)
+    assert summary["paired"] is False
+    text = (tmp_path / "run" / "page.html").read_text("utf-8")
+    assert "arms share their draws of the model alone" in text
+    assert "paired" not in text.partition("How to repeat this</h2>")[2].partition("<pre")[0]
 
 
 def test_another_configuration_in_the_folder_is_refused(complete):
@@ -436,6 +516,45 @@ def test_a_budget_becomes_updates():
     assert make_plan(replace(SMOKE, budget="2 updates"), timing, 30).slices == 2  # not three evaluations
     with pytest.raises(ValueError, match=r"`budget` must be worth an update at least, got 0.2s, with 0.25 s an update"):
         make_plan(replace(SMOKE, budget="0.2s"), timing, 30)
+
+
+@pytest.mark.parametrize(("budget", "trained", "slices"), [(9, 9, 3), (14, 14, 2), (24, 24, 4), (49, 48, 4), (7, 7, 1)])
+def test_a_small_budget_is_spent_in_fewer_slices_and_what_is_trained_is_said(budget, trained, slices):
+    config = replace(SMOKE, evaluations=5, budget=f"{budget} updates", charge=True)
+    plan = make_plan(config, {"seconds_per_update": 0.5}, 30)
+    unit = plan.training(Train("kaiming", 0, 0.1, 0), {"updates": 0.1})
+    assert (unit.slices, unit.slices * unit.length) == (slices, trained)
+    said = foreseen(plan, config, 10)
+    assert said.startswith(f"Each training makes {trained} updates of 0.5 s, less what its initialisation costs, with ")
+    assert f"10 trainings, {timedelta(seconds=10 * trained / 2)} at most" in said
+    assert f"{slices} evaluation" in said
+    assert "less what" not in foreseen(replace(plan, charge=False), config, 10)
+
+
+@given(budget=st.integers(1, 100_000), evaluations=st.integers(1, 50))
+def test_less_than_a_twentieth_of_a_budget_is_left_over(budget, evaluations):
+    slices = slices_of(budget, evaluations)
+    length = slice_length(budget, 0.0, slices)
+    assert 1 <= slices <= evaluations
+    assert length >= 1
+    assert 0.95 * budget < slices * length <= budget
+
+
+@given(budget=st.integers(100, 100_000), cost=st.floats(0, 90))
+def test_a_budget_of_hundreds_is_cut_as_it_always_was(budget, cost):
+    plan = Plan(seconds_per_update=0.5, budget=budget, slices=slices_of(budget, 5), charge=True, init_share=0.25)
+    unit = plan.training(Train("lsuv", 0, 0.1, 0), {"updates": cost})
+    assert (unit.slices, unit.length) == (5, min(round((budget - cost) / 5), budget // 5))
+
+
+def test_two_minutes_of_a_residual_network_are_trained_as_they_always_were():
+    # a run of this budget was begun when every training had five slices: it must go on with its numbers
+    config = replace(PRESETS["quick"], budget="2min")
+    plan = make_plan(config, {"seconds_per_update": 0.36962226499963435}, 390)
+    assert plan.budget == 324
+    unit = Train("kaiming", 0, 0.1, 0)
+    for cost, length in ((0.16659, 64), (12.87444, 62), (61.78217, 52), (73.28518, 50)):
+        assert plan.training(unit, {"updates": cost}) == replace(unit, slices=5, length=length, charged=cost)
 
 
 @given(budget=st.integers(1, 10_000), cost=st.floats(0, 20_000), slices=st.integers(1, 20))

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from reproduce.compare_figures import MARGIN, curve_of, draw_ends, limits_of
 from reproduce.compare_page import write_report
-from tests.reproduce.test_compare_report import REFUSAL, records, summary_of, training
+from tests.reproduce.test_compare_report import REFUSAL, failed, records, summary_of, training, without_training
 from tests.reproduce.test_page import LAYOUTS, Browser, Document, check_asks_for_nothing, check_layout, open_browser
 
 
@@ -135,6 +137,63 @@ def test_the_page_says_what_was_found(page):
     assert COMMAND in document.texts["code"]
     assert "Digits, 100 <training> images" in document.texts["dd"]
     assert "Commit" not in document.texts["dt"]
+
+
+def row_of(page: Path, arm: str) -> dict[str, str]:
+    """The arm's row of the first table, by the columns' names."""
+    table = page.read_text("utf-8").partition("<table")[2].partition("</table>")[0]
+    headers = [unescape(text) for text in re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table)]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in table.split("<tr>")[2:]]
+    cells = next(row for row in rows if row[0].split()[0] == arm)
+    return dict(zip(headers, map(unescape, cells), strict=True))
+
+
+def test_the_first_table_has_each_means_interval(page):
+    # of three seeds, 0.5, 0.6 and 0.7: the bootstrap's interval is from the lowest to the highest
+    row = row_of(page, "default")
+    assert list(row)[:4] == ["arm", "mean", "95 %", "against default"]
+    assert (row["mean"], row["95 %"]) == ("60.0", "50.0 to 70.0")
+    assert (row["diverged"], row["failed"]) == ("0 of 3", "0 of 3")  # of another arm's three, one diverged
+
+
+def test_a_table_without_bad_endings_is_narrow(tmp_path):
+    found = [training(arm, seed, [0.5]) for arm in ("default", "better") for seed in range(3)]
+    page = written(tmp_path, found, arms=("default", "better"), learning_rates=(0.1,))
+    assert not {"diverged", "failed"} & row_of(page, "better").keys()
+    assert "No run at these rates diverged or failed." in page.read_text("utf-8")
+
+
+def test_the_page_tells_failures_from_divergences(tmp_path):
+    found = [training("default", seed, [0.5]) for seed in range(3)]
+    found += [training("nio", 0, [0.6]), failed("nio", 1), training("nio", 2, [0.6])]
+    page = written(tmp_path, found, arms=("default", "nio"), learning_rates=(0.1,))
+    row = row_of(page, "nio")
+    assert (row["mean"], row["against default"]) == ("failed", "failed: no claim")
+    assert (row["diverged"], row["failed"]) == ("0 of 3", "1 of 3")
+    assert "No claim, because trainings failed: nio." in page.read_text("utf-8")
+    assert "because runs diverged" not in page.read_text("utf-8")
+
+
+def test_the_page_says_which_arms_were_not_trained(tmp_path):
+    found = [training("default", seed, [0.5 + seed / 100]) for seed in range(3)]
+    found += [without_training("nio", seed, 0.1) for seed in range(3)]
+    options: dict[str, Any] = {"arms": ("default", "nio"), "learning_rates": (0.1,)}
+    page = written(tmp_path, found, **options)
+    row = row_of(page, "nio")
+    assert (row["arm"], row["against default"]) == ("nio (untrained)", "worse")
+    lead = next(said for said in Document(page.read_text("utf-8")).texts["p"] if said.startswith("Against default"))
+    assert "Worse: nio (untrained). Not trained, as the initialisation took the whole budget: nio" in lead
+    turned = written(tmp_path, found, reference="nio", **options)
+    assert row_of(turned, "default")["against nio (untrained)"] == "better"
+
+
+def test_the_page_claims_no_pairs_where_there_are_none(page, tmp_path):
+    assert "what makes differences paired" in page.read_text("utf-8")
+    text = written(tmp_path, paired=False).read_text("utf-8")
+    assert "paired" not in text
+    assert "order of training, for every arm alike" not in text
+    lead = next(said for said in Document(text).texts["p"] if said.startswith("Against default"))
+    assert "arms share their draws of the model alone" in lead
 
 
 def test_the_page_has_curves_rates_and_layers(page):

@@ -49,6 +49,18 @@ def training(
     }  # fmt: skip
 
 
+def failed(arm: str, seed: int, *, rate: float = 0.1) -> dict[str, Any]:
+    """A training that ended with an error."""
+    nothing = {"history": [], "updates": 0, "seconds": 0.0, "error": "KeyError: 'label'"}
+    return training(arm, seed, [0.1], rate=rate) | nothing
+
+
+def without_training(arm: str, seed: int, value: float, *, rate: float = 0.1) -> dict[str, Any]:
+    """One whose initialiser took the whole budget, of 50 updates."""
+    run = training(arm, seed, [value], rate=rate, charged=50.0)
+    return run | {"history": [run["history"][0] | {"epoch": 0, "updates": 0}], "updates": 0, "error": None}
+
+
 def records() -> list[dict[str, Any]]:
     """Five arms, three seeds, two rates: the reference, a better one, one undecided, one diverged once, one refused."""
     base = {0: 0.50, 1: 0.60, 2: 0.70}
@@ -181,6 +193,46 @@ def check_divergence(module):
     assert comparison_of(summary_of(module), "lost")["verdict"] == "worse"
 
 
+def check_failure(module):
+    # one seed of three has no result because of an error: it neither diverged nor may it be left out
+    found = [r for r in records() if (r["kind"], r["arm"], r["seed"]) != ("training", "better", 1)]
+    found += [failed("better", 1, rate=rate) for rate in RATES]
+    summary = summary_of(module, found)
+    row = summary["arms"]["better"]
+    assert (row["diverged"], row["failed"], row["mean"]) == (0, 1, None)
+    assert comparison_of(summary, "better")["verdict"] == "failed: no claim"
+    said = module.conclude(summary)
+    assert "No claim, because trainings failed: better." in said
+    assert "diverged" not in said
+    # where the reference failed, nothing can be said of any arm
+    turned = summary_of(module, found, reference="better")
+    assert {c["verdict"] for c in turned["comparisons"] if c["arm"] != "fixup"} == {"failed: no claim"}
+    assert "Of better itself, trainings failed" in module.conclude(turned)
+    # a failure at a rate that is not the arm's is none of its result
+    found = [failed(**keys) if (r["arm"], r["seed"], r.get("learning_rate")) == ("better", 1, 0.01) else r
+             for r in records() for keys in [{"arm": "better", "seed": 1, "rate": 0.01}]]  # fmt: skip
+    assert comparison_of(summary_of(module, found), "better")["verdict"] == "better"
+
+
+def check_untrained(module):
+    # evaluated, and compared, but never without saying so
+    found = [r for r in records() if (r["kind"], r["arm"]) != ("training", "better")]
+    found += [without_training("better", seed, 0.1, rate=rate) for seed in range(3) for rate in RATES]
+    summary = summary_of(module, found)
+    assert summary["arms"]["better"]["untrained"] == 3
+    assert comparison_of(summary, "better")["verdict"] == "worse"
+    said = module.conclude(summary)
+    assert "Worse: better (untrained), lost." in said
+    assert "Not trained, as the initialisation took the whole budget: better. Give a larger" in said
+    assert "Against better (untrained), by" in module.conclude(summary_of(module, found, reference="better"))
+    # at one seed of three alone
+    found = [r for r in records() if (r["kind"], r["arm"], r["seed"]) != ("training", "better", 2)]
+    found += [without_training("better", 2, 0.1, rate=rate) for rate in RATES]
+    assert module.marked(summary_of(module, found), "better") == "better (untrained at 1 of 3 seeds)"
+    assert module.marked(summary_of(module), "better") == "better"
+    assert "Not trained" not in module.conclude(summary_of(module))
+
+
 def check_refusal(module):
     summary = summary_of(module)
     assert summary["arms"]["fixup"]["refused"] == {"0": REFUSAL, "1": REFUSAL, "2": REFUSAL}
@@ -223,6 +275,8 @@ CHECKS = [
     check_no_spread,
     check_losses_are_better_the_lower,
     check_divergence,
+    check_failure,
+    check_untrained,
     check_refusal,
     check_learning_rate,
     check_one_seed,
@@ -258,6 +312,12 @@ MUTANTS = {
     "interval of the other mean": ("bootstrap_interval(values, interquartile_mean)", "bootstrap_interval(values)"),
     "half of the resamples": ("CONFIDENCE = 0.95", "CONFIDENCE = 0.5"),
     "the first evaluation": ('record["history"][-1][metric]', 'record["history"][0][metric]'),
+    "a failure is a divergence": ("if not set(seeds).isdisjoint(failed):", "if False:"),
+    "the reference's failures are forgotten": ("failed[arm] | failed[reference]", "failed[arm]"),
+    "failures at any rate": (' if one["learning_rate"] == row["learning_rate"]}', "}"),
+    "a failure is no training": (
+        'record.get("error") is None and record["updates"] == 0', 'record["updates"] == 0'
+    ),
     "refusals forgotten": ('for record in starts if record["error"] is not None}', "for record in made}"),
 }  # fmt: skip
 
@@ -324,7 +384,44 @@ def test_the_rule_is_said():
     assert "both 95 % intervals" in how_sure(summary_of())
     assert "about 5 in 100 are called so all the same, up to 12 where differences are skewed" in how_sure(summary_of())
     assert "Each arm has its own learning rate, of 0.01, 0.1:" in how_chosen(summary_of())
+    assert "flatters an arm, and the more so, the more of its rates train" in how_chosen(summary_of())
+    assert "alike" not in how_chosen(summary_of())
     assert how_chosen(summary_of(learning_rates=(0.1,))) == "Every arm was trained with the learning rate 0.1."
+
+
+def screen_of(summary: Any) -> str:
+    screen = io.StringIO()
+    print_report(Console(file=screen, width=80), summary)
+    assert all(len(line) <= 80 for line in screen.getvalue().splitlines())
+    return screen.getvalue()
+
+
+def test_on_screen_a_failure_is_none_of_the_divergences():
+    found = [training("default", seed, [0.5]) for seed in range(3)]
+    found += [training("nio", 0, [0.6]), failed("nio", 1), training("nio", 2, [0.6])]
+    screen = screen_of(summary_of(found=found, arms=("default", "nio")))
+    row = next(line for line in screen.splitlines() if line.startswith("nio"))
+    assert row.split()[:2] == ["nio", "0.1"]
+    assert "0 of 3" in row
+    assert "failed: no claim" in row
+    said = " ".join(screen.split())
+    assert "No claim, because trainings failed: nio." in said
+    assert "Training failed, nio (seed 1 at 0.1): KeyError: 'label'" in said
+
+
+def test_on_screen_an_arm_without_training_is_marked():
+    found = [training("default", seed, [0.5 + seed / 100]) for seed in range(3)]
+    found += [without_training("nio", seed, 0.1) for seed in range(3)]
+    screen = screen_of(summary_of(found=found, arms=("default", "nio")))
+    assert any(line.startswith("nio (untrained)") and "worse" in line for line in screen.splitlines())
+    assert "Not trained, as the initialisation took the whole budget: nio. Give" in " ".join(screen.split())
+
+
+def test_no_pairs_of_batches_are_claimed_where_there_are_none():
+    said = " ".join(screen_of(summary_of(paired=False)).split())
+    assert "arms share their draws of the model alone, not the batches" in said
+    assert "paired" not in said
+    assert "gives other batches" not in screen_of(summary_of())
 
 
 def test_one_seed_claims_nothing():
