@@ -1,18 +1,21 @@
 """What is wrong with this model at initialisation? One model, one batch, no training, one page.
 
     python -m reproduce.examine --model torchvision:resnet18 --data cifar10 --data-dir FOLDER
-    python -m reproduce.examine --model hf:config.json --data pydoc --method metainit
+    python -m reproduce.examine --model hf:config.json --data pydoc --method metainit --options steps=50
 
 The loss beside chance, scales of weights, activations and gradients layer by layer, units that are dead or saturated,
 parameters without a gradient, gradient quotient, GradCosine, GradSign, the loss after one step of any length, and
 whether derivatives are right on this very model. What a model refuses stands on the page with the reason.
 """
 
+import json
 import math
+import shlex
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +24,8 @@ import torch
 import tyro
 from rich.console import Console
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-import papers
 from common.batches import length_of, map_tensors, tensors_of
 from common.derivatives import check_twice_differentiable, gradient, group_gradients, hvp
 from common.descent import trainable
@@ -33,14 +36,15 @@ from common.precision import full_precision
 from common.record import as_recorded, device_name, device_of, write_environment
 from common.tree import flatten, numel, tree_add
 from common.types import Batch, Params, UserLoss
+from papers import initialize, method_of
 from papers.gradinit import gradient_norm, step_direction
 from papers.metainit import relative_change
 from papers.metainit.objective import diagnostics
 from papers.nio import grad_cosine_floor, gradient_tensors, windows
 from papers.nio.objective import statistics
-from reproduce.bring import bring_data, bring_loss, bring_model, describe_model
-from reproduce.command import begin, end_well, make_progress
-from reproduce.examine_report import findings_of, print_report, write_report
+from reproduce.bring import Brought, bring_data, bring_loss, bring_model, describe_model
+from reproduce.command import begin, end_well, make_progress, options_of
+from reproduce.examine_report import TABLES, findings_of, print_report, write_report
 
 EXPERIMENT = "examine"
 
@@ -54,6 +58,8 @@ MEMORY = 1 << 30
 """Bytes that per-example gradients, or the graph of a second derivative, may take at once, roughly."""
 GRAPH = 8
 """Bytes of a second derivative's graph for each byte of the layers' outputs: 5 on a ViT, 1 on residual networks."""
+NOT_FINITE = "the gradient is not finite"
+"""Why something is not measured."""
 GUARD_SECONDS = 60.0
 """How long the derivative check may take without being asked for."""
 GUARD_PASSES, GUARD_EXAMPLES = 200, 4
@@ -67,6 +73,8 @@ class Config:
     model: str
     """A network of common.networks (resnet-20, plain-5-8-bn, charlstm), torchvision:NAME, timm:NAME, hf:CONFIG.json, or
     package.module:callable."""
+    model_options: tuple[str, ...] = ()
+    """Of the model, as key=value: image_size=224."""
     data: str = "auto"
     """auto, cifar10, cifar100, tiny-imagenet, digits, noise, ptb, wikitext2, pydoc, hub:NAME, a folder of images, or
     package.module:callable."""
@@ -74,12 +82,14 @@ class Config:
     """package.module:callable, of (model, batch). Default: cross-entropy, or what the model returns as its loss."""
     method: str | None = None
     """Initialise by this method of papers.METHODS first. Default: as the model comes."""
+    options: tuple[str, ...] = ()
+    """Of the method, as key=value: gamma=10 steps=50. Default: as papers.initialize has them."""
     batch_size: int = 16
     """Examples of the one batch."""
     derivatives: Literal["auto", "always", "never"] = "auto"
     """Check derivatives against finite differences. auto: where that takes a minute or less, by estimate."""
     seed: int = 0
-    """Of the model's weights and the batch."""
+    """Of the model's weights, of what the method draws, and of the batch."""
     data_dir: Path | None = None
     """Folder that holds the data. Default: the variable LEARNED_INIT_DATA."""
     output: Path | None = None
@@ -128,10 +138,49 @@ class Problem:
         return max(1, MEMORY // max(4 * numel(self.theta), of_graph))
 
 
+def find_not_finite(problem: Problem) -> dict[str, Any]:
+    """Where the gradient is not finite: the `parameters`, and the `operation` of torch's graph that it begins in.
+
+    The operation is the first, on the way back from the loss, that makes of a finite gradient one that is not; None
+    where there is none, as where numbers grow too large for their sum of squares alone.
+    """
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in problem.theta.items()}
+    began: list[str] = []
+
+    def watch(node: Node) -> None:
+        name = node.name()
+
+        def see(made: Sequence[Tensor | None], arrived: Sequence[Tensor | None]) -> None:
+            if not began and _are_finite(arrived) and not _are_finite(made):
+                began.append(name)
+
+        node.register_hook(see)
+
+    value = problem.loss(leaves, problem.batch)
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            watch(node)
+            waiting += [following for following, _ in node.next_functions]
+    found = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), allow_unused=True), strict=True))
+    return {
+        "parameters": [name for name, leaf in found.items() if not _are_finite([leaf])],
+        "operation": began[0] if began else None,
+    }
+
+
+def _are_finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in tensors if leaf is not None)
+
+
 def measure_quotient(problem: Problem) -> dict[str, float]:
     """GQ, with H g summed over micro-batches where a whole batch would not fit."""
     check_twice_differentiable(problem.loss, problem.theta, first_examples(problem.batch, 2), "gradient_quotient")
     g = problem.gradient
+    if not _are_finite(list(g.values())):
+        raise ValueError(NOT_FINITE)
     Hg = hvp(problem.loss, problem.theta, g, problem.batch, micro_batch_size=problem.micro_batch)
     change = relative_change(flatten(g), flatten(Hg), epsilon=EPSILON)
     return {key: value.item() for key, value in diagnostics(flatten(g), change).items()}
@@ -140,7 +189,8 @@ def measure_quotient(problem: Problem) -> dict[str, float]:
 def measure_agreement(problem: Problem) -> dict[str, Any]:
     """GradCosine with its floor, and GradSign, in one pass over the groups.
 
-    `agreement` is GradSign over its largest value, n a coordinate, of coordinates in which any group has a gradient.
+    `agreement` is GradSign over its largest value, n a coordinate, of coordinates in which any group has a gradient;
+    NaN where a group's gradient is not finite, as NaN has no sign. `zero` and `not_finite` count such groups.
     """
     groups, at_once = problem.groups(), problem.groups_at_once()
     names = gradient_tensors(problem.model, "without_batch_norm")
@@ -156,17 +206,22 @@ def measure_agreement(problem: Problem) -> dict[str, Any]:
             yield own
 
     with torch.no_grad():
-        metrics = statistics(gradients()).metrics()
+        seen = statistics(gradients())
+        metrics = seen.metrics()
         agreed = sum(leaf.abs().sum().item() for leaf in votes.values())  # papers.nio.grad_sign, group by group
         entries = sum(leaf.sum().item() for leaf in live.values())
     n = len(groups)
+    not_finite = int((~seen.r.isfinite()).sum())
+    agreed = math.nan if not_finite else agreed
     return {
         "groups": n,
+        "zero": int((seen.r == 0).sum()),
+        "not_finite": not_finite,
         "of": "sub-batches" if problem.is_coupled else "examples",
         "grad_cosine": metrics["grad_cosine"].item(),
         "floor": grad_cosine_floor(groups),
         "grad_norm": metrics["grad_norm"].item(),
-        "norm_ratio": metrics["norm_ratio"].item(),
+        "norm_ratio": math.nan if not_finite else metrics["norm_ratio"].item(),
         "grad_sign": agreed,
         "agreement": agreed / (n * entries) if entries else None,
         "agreement_by_chance": agreement_by_chance(n),
@@ -185,9 +240,14 @@ def agreement_by_chance(n: int) -> float:
 
 @torch.no_grad()
 def measure_look_ahead(problem: Problem) -> dict[str, Any]:
-    """L(θ − η g/‖g‖) for every η of `STEPS`, on the batch that g is of."""
+    """L(θ − η g/‖g‖) for every η of `STEPS`, on the batch that g is of.
+
+    `best_step`, `best_loss` and `learning_rate` are None where no step leads to a loss that is finite.
+    """
     g = problem.gradient
     norm = gradient_norm(g, "l2").item()
+    if not math.isfinite(norm):
+        raise ValueError(f"{NOT_FINITE}, so that there is no direction to step along")
     if norm == 0:
         raise ValueError("the gradient is zero, so that there is no direction to step along")
     A = step_direction(g, "normalized_sgd")
@@ -197,15 +257,16 @@ def measure_look_ahead(problem: Problem) -> dict[str, Any]:
 
     losses = [ahead(eta) for eta in STEPS]
     before = ahead(0.0)
-    best = min(range(len(STEPS)), key=lambda k: losses[k] if math.isfinite(losses[k]) else math.inf)
+    finite = [(loss, eta) for loss, eta in zip(losses, STEPS, strict=True) if math.isfinite(loss)]
+    best_loss, best_step = min(finite, default=(None, None))
     return {
         "loss": before,
         "gradient_norm": norm,
         "steps": list(STEPS),
         "losses": losses,
-        "best_step": STEPS[best],
-        "best_loss": losses[best],
-        "learning_rate": STEPS[best] / norm,
+        "best_step": best_step,
+        "best_loss": best_loss,
+        "learning_rate": None if best_step is None else best_step / norm,
     }
 
 
@@ -248,7 +309,7 @@ def examine(
 
     Returns:
         What `findings_of` and the report read: `layers` and numbers by diagnostic; `refused`, by diagnostic, why a
-        number is missing; `findings`.
+        number is missing; `not_finite`, where a gradient is not, from `find_not_finite`, else None; `findings`.
 
     Raises:
         TypeError: A wrapped, quantised or lazy model.
@@ -292,8 +353,22 @@ def examine(
                 reason = in_short(error)
         if reason is not None:
             result["refused"][part] = reason
+    result["not_finite"] = where_not_finite(problem, layers, result["refused"])
     result["findings"] = findings_of(result)
     return result
+
+
+def where_not_finite(problem: Problem, layers: Layers, refused: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `find_not_finite` finds, asked only where the loss is finite and a gradient is not."""
+    gradients = [layers.gradient_norm, *(row["output_gradient_norm"] or 0.0 for row in layers.rows)]
+    # the layers' pass goes through torch's fused kernels, the measurements through what they are made of
+    is_said = any(reason.startswith(NOT_FINITE) for reason in refused.values())
+    if not math.isfinite(layers.loss) or (all(map(math.isfinite, gradients)) and not is_said):
+        return None
+    try:
+        return find_not_finite(problem)
+    except (RuntimeError, ValueError, TypeError, MemoryError):  # found all the same: the layers say about where
+        return {"parameters": [], "operation": None}
 
 
 PARTS = ("layers", "gradient quotient", "gradient agreement", "look-ahead", "derivatives")
@@ -335,23 +410,30 @@ def run(config: Config) -> dict[str, Any]:
     """Bring, initialise, examine; table, page, CSV and summary."""
     if config.batch_size < 2:
         raise ValueError(f"{EXPERIMENT}: `batch_size` must be 2 or more, to compare examples, got {config.batch_size}.")
-    if config.method is not None and config.method not in papers.METHODS:
-        raise ValueError(f"{EXPERIMENT}: `method` must be one of {', '.join(papers.METHODS)}, got {config.method!r}.")
+    model_options = options_of(config.model_options, EXPERIMENT)
+    options = options_of(config.options, EXPERIMENT)
+    if config.method is not None:
+        method_of(config.method).check_options(options)
+    elif options:
+        raise ValueError(
+            f"{EXPERIMENT}: `options` are a method's, got {' '.join(config.options)} without one. Name it by --method; "
+            "the model's own are --model-options."
+        )
     console = Console()
     device = device_of(config.device, EXPERIMENT)
     folder = begin(EXPERIMENT, config, console)
     data = bring_data(
         config.data, data_dir=config.data_dir, batch_size=config.batch_size, device=device, caller=EXPERIMENT
     )
-    model = bring_model(config.model, data, seed=config.seed)
+    model = bring_model(config.model, data, seed=config.seed, options=model_options)
     loss_fn = bring_loss(config.loss, data, model)
-    write_environment(folder, data.record, device)
+    write_environment(folder, data.record | {"identity": data.identity}, device)
     description = describe_model(config.model, model, data)
     console.print(f"Model: {description}.", markup=False)
     console.print(f"Data: {data.identity}.", markup=False)
     console.print(f"Device: {device_name(device)}. Folder: {folder.folder}", markup=False)
     if config.method is not None:
-        papers.initialize(model, config.method, loss_fn, data.init_batches(seed=config.seed), progress=not config.quiet)
+        prepare(model, loss_fn, data, config, options)
     with make_progress(quiet=config.quiet) as progress, full_precision(device):
         bar = progress.add_task("examining", total=float(len(PARTS)))
         done = iter(range(len(PARTS)))
@@ -367,10 +449,20 @@ def run(config: Config) -> dict[str, Any]:
         {"description": description, "data": data.identity, "device": device_name(device)} | _asked(config) | result
     )
     print_report(console, result)
-    page = write_report(folder.folder, result)
+    environment = json.loads((folder.folder / "environment.json").read_text("utf-8"))
+    command = shlex.join(["python", "-m", "reproduce.examine", *sys.argv[1:]])
+    page = write_report(folder.folder, result, command=command, config=asdict(config), environment=environment)
     folder.finish(recorded(result))
-    console.print(f"Page: {page}; layers.csv and summary.json beside it.", markup=False)
+    console.print(f"Page: {page}. Beside it: {', '.join(TABLES)} and summary.json.", markup=False)
     return result
+
+
+def prepare(model: nn.Module, loss_fn: UserLoss, data: Brought, config: Config, options: Mapping[str, Any]) -> None:
+    """The method on the model, as `reproduce.apply` has it with the same seed."""
+    assert config.method is not None
+    batches = None if "input_shape" in options else data.init_batches(seed=config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    initialize(model, config.method, loss_fn, batches, generator=generator, progress=not config.quiet, **options)
 
 
 def _asked(config: Config) -> dict[str, Any]:
@@ -379,6 +471,7 @@ def _asked(config: Config) -> dict[str, Any]:
         "dataset": config.data,
         "loss_function": config.loss,
         "method": config.method,
+        "options": list(config.options),
         "batch_size": config.batch_size,
         "seed": config.seed,
     }

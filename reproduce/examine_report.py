@@ -5,11 +5,12 @@ resnet-20, VGG-16, MobileNetV3, torchvision's ResNet-18, timm's ViT-Tiny, and a 
 characters. "Healthy" below is what these gave.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,7 +28,9 @@ from reproduce.page import (
     SERIES,
     WIDTH,
     Cell,
+    Code,
     Column,
+    Part,
     Picture,
     Prose,
     Section,
@@ -67,6 +70,13 @@ STEP_SMALL = 0.01
 """Length of the best step, in parameter space, below which the loss is too sharp to step on. Healthy: 0.1 to 3."""
 LISTED = 4
 """Names that a finding lists before it counts the rest."""
+FEWER_STEPS = "with --options steps=50 where its hundreds of steps take too long"
+GUARDED = (
+    "Look there for a root, a norm, a power, a logarithm or a quotient at exactly 0, whose slope is infinite: add a "
+    "small number inside it, as in sqrt(x + 1e-12). torch.where after it does not help, as 0 times infinity is NaN."
+)
+MEND = "Mend what is said above of the gradient first"
+"""Parts of what to try."""
 
 HEALTHY = {
     "loss": (
@@ -74,7 +84,7 @@ HEALTHY = {
         "Too high: scale the last layer down, or start with --method metainit or gradinit.",
     ),
     "gradient norm": (
-        "neither 0 nor far beyond 50; alone it says little, the look-ahead says more.",
+        "finite, and neither 0 nor far beyond 50; alone it says little, the look-ahead says more.",
         "Huge: --method gradinit, which bounds it; zero: see the parameters without gradient.",
     ),
     "layers": (
@@ -92,7 +102,7 @@ HEALTHY = {
     ),
     "gradient quotient": (
         "1 to a few thousand, the lower the better: how much the gradient changes along one step, relative to itself.",
-        "High: --method metainit, which descends on it.",
+        f"High: --method metainit, which descends on it, {FEWER_STEPS}.",
     ),
     "zero entries": (
         "few, but for what the input never reaches: rows of an embedding, or a kernel's border where images are small "
@@ -156,6 +166,67 @@ def not_finite(result: Result) -> Found:
 
 def _is_finite(row: Row) -> bool:
     return math.isfinite(row["activation_std"]) and math.isfinite(row["activation_mean"])
+
+
+def gradient_not_finite(result: Result) -> Found:
+    if result["not_finite"] is None:
+        return
+    names, where = result["not_finite"]["parameters"], _where_it_begins(result)
+    if names:
+        own = result["gradient agreement"]
+        groups = f" It is so for {own['not_finite']} of {own['groups']} {own['of']}." if own else ""
+        yield (
+            f"The gradient is not finite in {len(names)} of {result['tensors']} parameters: "
+            f"{_list(map(_quoted, names))}. {where}{groups} The loss is finite, but one step of training makes these "
+            "weights NaN.",
+            f"{GUARDED} If there is nothing of the kind, numbers overflow: --method kaiming.",
+        )
+    elif not math.isfinite(result["gradient_norm"]):
+        yield (
+            f"The norm of the gradient is {result['gradient_norm']}. {where}".rstrip(),
+            "Numbers overflow: scale weights down (--method kaiming), or look for a quotient by next to nothing.",
+        )
+    else:
+        yield (
+            f"A gradient on the way back from the loss is not finite, although that of every parameter is. {where} "
+            "What metainit, gradinit and nio differentiate once more is NaN there, as a rule.",
+            GUARDED,
+        )
+
+
+def _where_it_begins(result: Result) -> str:
+    """The last layer that a gradient which is not finite arrives at: what makes it lies between that and the
+    loss, or, where the gradient at its output is finite, within."""
+    rows, operation = result["layers"], result["not_finite"]["operation"]
+    in_torch = f", in torch's {operation}" if operation else ""
+    for row in reversed(rows):
+        name = _layer(row["name"]) if row["units"] is None else _small(_activation(row))
+        if not _finite_or_none(row["output_gradient_norm"]):
+            return f"It begins between {name} and the loss{in_torch}."
+        if not _finite_or_none(row["gradient_norm"]):
+            return f"It begins in {name}{in_torch}."
+    return f"It begins in torch's {operation}." if operation else ""
+
+
+def _finite_or_none(value: float | None) -> bool:
+    return value is None or math.isfinite(value)
+
+
+def layers_not_finite(result: Result) -> Found:
+    """Weights and outputs, where the loss is finite all the same."""
+    rows = result["layers"]
+    if names := [row["name"] for row in rows if not _finite_or_none(row["weight_norm"])]:
+        yield (
+            f"Weights are not finite: layer{'s' if len(names) > 1 else ''} {_list(map(_quoted, names))}.",
+            "Initialise by a rule that draws them anew (--method kaiming), or look at where they were loaded from.",
+        )
+    names = [row["name"] for row in rows if row["called"] and not _is_finite(row)]
+    if names and math.isfinite(result["loss"]):
+        yield (
+            f"Outputs are not finite, although the loss is: {_list(map(_quoted, names))}.",
+            "Look for a logarithm or a quotient of 0, or numbers that overflow; what is masked afterwards still spoils "
+            "derivatives.",
+        )
 
 
 def loss_against_chance(result: Result) -> Found:
@@ -271,7 +342,8 @@ def _them(names: Sequence[str]) -> str:
 
 
 def weights_out_of_line(result: Result) -> Found:
-    ratios = {r["name"]: r["kaiming_ratio"] for r in result["layers"] if r["kaiming_ratio"] not in (None, 0.0)}
+    ratios = {r["name"]: r["kaiming_ratio"] for r in result["layers"] if r["kaiming_ratio"]}
+    ratios = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
     if not ratios:
         return
     median = median_low(ratios.values())  # of two layers, not the one that may be out of line
@@ -335,68 +407,115 @@ def _weight_rows(result: Result) -> list[Row]:
 
 def quotient(result: Result) -> Found:
     own = result["gradient quotient"]
-    if own and own["gradient_quotient"] > QUOTIENT_LARGE:
+    if own and not math.isfinite(own["gradient_quotient"]):
+        yield (
+            f"The gradient quotient is {own['gradient_quotient']}: the gradient is finite, but its change along a step "
+            "(a Hessian-vector product) is not.",
+            f"{f'{MEND}.' if result['not_finite'] else GUARDED} Until then metainit, gradinit and nio cannot be used.",
+        )
+    elif own and own["gradient_quotient"] > QUOTIENT_LARGE:
         yield (
             f"The gradient quotient is {_number(own['gradient_quotient'])}: along one step the gradient changes by far "
             "more than itself.",
-            "Use --method metainit, which descends on it.",
+            f"Use --method metainit, which descends on it, {FEWER_STEPS}.",
         )
 
 
 def agreement(result: Result) -> Found:
     own = result["gradient agreement"]
-    if own and not math.isfinite(own["norm_ratio"]):
-        some = "One example or more has" if own["of"] == "examples" else "One sub-batch or more has"
+    if not own:
+        return
+    if own["zero"]:
         yield (
-            f"{some} a gradient of exactly 0.",
+            f"{own['zero']} of {own['groups']} {own['of']} have a gradient of exactly 0.",
             "Look for units that are dead for these inputs, and for a loss that masks them.",
+        )
+    values = [own[key] for key in ("grad_cosine", "grad_norm", "grad_sign")]
+    if result["not_finite"] and result["not_finite"]["parameters"]:
+        return  # it is said there
+    if own["not_finite"]:
+        yield (
+            f"{own['not_finite']} of {own['groups']} {own['of']} have a gradient that is not finite, taken by "
+            "themselves.",
+            f"{GUARDED} Until then nio cannot be used.",
+        )
+    elif not all(map(math.isfinite, values)):
+        yield (
+            f"GradCosine is {own['grad_cosine']}, and the mean norm of the {own['of']}' gradients {own['grad_norm']}: "
+            "numbers overflow.",
+            "Scale weights down: --method kaiming.",
         )
 
 
 def look_ahead(result: Result) -> Found:
     own = result["look-ahead"]
-    if not own or not is_number(own["best_loss"]):
+    if not own:
         return
+    if own["best_loss"] is None:
+        yield (
+            f"The loss is not finite after any step along the gradient, whatever its length from {own['steps'][0]:g} "
+            f"to {own['steps'][-1]:g}.",
+            "Look for a root, a logarithm or a quotient of what a step makes negative or 0, and for numbers that "
+            "overflow.",
+        )
+        return
+    broken = [eta for eta, loss in zip(own["steps"], own["losses"], strict=True) if not is_number(loss)]
+    if broken:
+        yield (
+            "The loss is not finite after a step along the gradient of length "
+            f"{', '.join(f'{eta:.3g}' for eta in broken)}.",
+            "Look for a root, a logarithm or a quotient of what such a step makes negative or 0, and for numbers that "
+            "overflow; stay well below, or bound the gradient's norm in training.",
+        )
     if own["best_loss"] > (1 - DECREASE) * own["loss"]:
         yield (
             f"No step along the gradient lowers the loss by more than {100 * DECREASE:.0f} %, whatever its length "
             f"from {own['steps'][0]:g} to {own['steps'][-1]:g}.",
             "Look at the gradient first: is it zero where it should not be, or of one layer alone? Then try --method "
-            "gradinit.",
+            f"gradinit, {FEWER_STEPS}.",
         )
     elif own["best_step"] < STEP_SMALL:
         yield (
             f"The loss falls only along steps shorter than {STEP_SMALL:g}: it is lowest after one of "
             f"{own['best_step']:.2g}, and higher again beyond.",
-            f"Use --method gradinit or metainit; or begin at a learning rate of {own['learning_rate']:.1g}, with "
-            "warm-up.",
+            f"Use --method gradinit or metainit ({FEWER_STEPS}); or begin at a learning rate of "
+            f"{own['learning_rate']:.1g}, with warm-up.",
         )
 
 
 def wrong_derivatives(result: Result) -> Found:
     checks = result["derivatives"] or {}
+    own = result["gradient quotient"]
+    is_known = result["not_finite"] is not None or (own is not None and not math.isfinite(own["gradient_quotient"]))
+    first = (
+        "Mend what is said above first: a detached layer, and units that sit exactly on ReLU's kink, differ too. "
+        if any("no gradient" in what for what, _ in (*parameters_without_gradient(result), *dead_units(result)))
+        else ""
+    )
     trusted = "until then, methods that need these derivatives are not to be trusted here"
     wrong = {name: own for name, own in checks.items() if own["verdict"] == "wrong"}
     if wrong:
-        worst = max(own["error"] for own in wrong.values())
-        first = (
-            "Mend what is said above first: a detached layer, and units that sit exactly on ReLU's kink, differ too. "
-            if any("no gradient" in what for what, _ in (*parameters_without_gradient(result), *dead_units(result)))
-            else ""
-        )
+        finite = [own["error"] for own in wrong.values() if math.isfinite(own["error"])]
+        infinite = len(wrong) - len(finite)  # where a derivative is NaN, the check's error is infinite
+        size = f", by up to {max(finite):.1e} of their size" if finite else ""
+        also = f" ({infinite} of these {'is' if infinite == 1 else 'are'} not finite)" if infinite else ""
+        remedy = MEND if infinite and is_known else f"{first}Write the layer in elementary operations"
         yield (
-            f"{len(wrong)} of {len(checks)} derivatives differ from finite differences, by up to {worst:.1e} of their "
-            f"size: {', '.join(wrong)}.{_at_fault(wrong)}",
-            f"{first}Write the layer in elementary operations; {trusted}.",
+            f"{len(wrong)} of {len(checks)} derivatives differ from finite differences{size}{also}: "
+            f"{', '.join(wrong)}.{_at_fault(wrong)}",
+            f"{remedy}; {trusted}.",
         )
     refused = {name: own for name, own in checks.items() if own["verdict"] == "refused"}
     if refused:
-        said = next(iter(refused.values()))["note"]
+        said = next((own["note"] for own in refused.values() if own["note"]), None)
+        remedy = (
+            "Write the layer in elementary operations, or use a method that needs no derivative of this order "
+            "(kaiming, orthogonal, lsuv)"
+        )
         yield (
             f"{len(refused)} of {len(checks)} derivatives cannot be computed: {', '.join(refused)}."
-            f"{_at_fault(refused)} {said}",
-            "Write the layer in elementary operations, or use a method that needs no derivative of this order "
-            "(kaiming, orthogonal, lsuv).",
+            f"{_at_fault(refused)} {said or 'What comes out is not finite.'}",
+            f"{MEND if said is None and is_known else remedy}.",
         )
 
 
@@ -406,8 +525,8 @@ def _at_fault(checks: dict[str, dict[str, Any]]) -> str:
 
 
 FINDERS: tuple[Callable[[Result], Found], ...] = (
-    not_finite, dead_units, parameters_without_gradient, weights_out_of_line, loss_against_chance,
-    scale_of_activations, scale_of_gradients, look_ahead, quotient, agreement, wrong_derivatives,
+    not_finite, gradient_not_finite, layers_not_finite, dead_units, parameters_without_gradient, weights_out_of_line,
+    loss_against_chance, scale_of_activations, scale_of_gradients, look_ahead, quotient, agreement, wrong_derivatives,
 )  # fmt: skip
 
 
@@ -438,19 +557,47 @@ def _list(names: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------- numbers in words
 def numbers(result: Result) -> list[tuple[str, str, str]]:
     """Diagnostic by diagnostic: its name, its value, and the key of `HEALTHY` that explains it."""
-    rows = [("Loss", _loss(result), "loss")]
-    rows.append(("Gradient norm", f"{result['gradient_norm']:.4g}", "gradient norm"))
+    return [(own.name, own.text, own.key) for own in _diagnostics(result)]
+
+
+def number_rows(result: Result) -> list[list[Any]]:
+    """The same for programs, by `NUMBER_COLUMNS`: a row a quantity of a diagnostic, or the reason why there is none."""
+    return [
+        [own.name, quantity, value, own.missing]
+        for own in _diagnostics(result)
+        for quantity, value in (own.values or {None: None}).items()
+    ]
+
+
+class Diagnostic(NamedTuple):
+    """A row of "Every number"."""
+
+    name: str
+    text: str
+    key: str
+    values: Mapping[str, Any]
+    missing: str | None = None
+
+
+def _diagnostics(result: Result) -> Iterator[Diagnostic]:
+    yield Diagnostic("Loss", _loss(result), "loss", {"loss": result["loss"], "chance": result["chance"]})
+    norm = result["gradient_norm"]
+    yield Diagnostic("Gradient norm", f"{norm:.4g}", "gradient norm", {"gradient_norm": norm})
     shares = [row["dead_share"] for row in result["layers"] if row["dead_share"] is not None]
-    rows.append(("Units off, worst activation", f"{100 * max(shares):.0f} %" if shares else "no activation", "dead"))
-    lacking = len(result["without_gradient"])
-    rows.append(("Parameters without gradient", f"{lacking} of {result['tensors']}", "gradients"))
-    for part, own in PART_NUMBERS.items():
-        if result[part] is None:
-            own = own[:1]
-        for name, value, key in own:
-            text = f"none: {result['refused'][part]}" if result[part] is None else value(result[part])
-            rows.append((name, text, key))
-    return rows
+    text = f"{100 * max(shares):.0f} %" if shares else "no activation"
+    yield Diagnostic("Units off, worst activation", text, "dead", {"dead_share": max(shares, default=None)})
+    lacking = {"without_gradient": len(result["without_gradient"]), "tensors": result["tensors"]}
+    text = f"{lacking['without_gradient']} of {lacking['tensors']}"
+    yield Diagnostic("Parameters without gradient", text, "gradients", lacking)
+    for part, rows in PART_NUMBERS.items():
+        own = result[part]
+        if own is None:
+            name, _, key, _ = rows[0]
+            yield Diagnostic(name, f"none: {result['refused'][part]}", key, {}, result["refused"][part])
+            continue
+        for name, text_of, key, quantities in rows:
+            values = {quantity: own[quantity] for quantity in quantities} if part != "derivatives" else _counted(own)
+            yield Diagnostic(name, text_of(own), key, values)
 
 
 def _cosine(own: dict[str, Any]) -> str:
@@ -465,11 +612,19 @@ def _loss(result: Result) -> str:
 def _agreement(own: dict[str, Any]) -> str:
     if own["agreement"] is None:
         return "no gradient in any coordinate"
+    if not math.isfinite(own["agreement"]):
+        return "none: a gradient is not finite"
     return f"{100 * own['agreement']:.0f} % (by chance {100 * own['agreement_by_chance']:.0f} %)"
 
 
 def _best_step(own: dict[str, Any]) -> str:
+    if own["best_step"] is None:
+        return f"none: loss {own['loss']:.4g}, and not finite after any step"
     return f"length {own['best_step']:.3g}: loss {own['loss']:.4g} → {own['best_loss']:.4g}"
+
+
+def _learning_rate(own: dict[str, Any]) -> str:
+    return "none" if own["learning_rate"] is None else f"{own['learning_rate']:.2g}"
 
 
 def _verdicts(own: dict[str, dict[str, Any]]) -> str:
@@ -477,22 +632,36 @@ def _verdicts(own: dict[str, dict[str, Any]]) -> str:
     return f"all {len(own)} right" if not wrong else f"not right: {', '.join(wrong)}"
 
 
-PART_NUMBERS: dict[str, list[tuple[str, Callable[[dict[str, Any]], str], str]]] = {
+def _counted(own: dict[str, dict[str, Any]]) -> dict[str, int]:
+    verdicts = [check["verdict"] for check in own.values()]
+    return {verdict: verdicts.count(verdict) for verdict in ("right", "wrong", "refused")}
+
+
+PART_NUMBERS: dict[str, list[tuple[str, Callable[[dict[str, Any]], str], str, Sequence[str]]]] = {
     "gradient quotient": [
-        ("Gradient quotient", lambda own: f"{own['gradient_quotient']:.4g}", "gradient quotient"),
-        ("Gradient entries exactly 0", lambda own: _percent(own["dead_fraction"]), "zero entries"),
+        (
+            "Gradient quotient", lambda own: f"{own['gradient_quotient']:.4g}", "gradient quotient",
+            ("gradient_quotient", "live_gradient_quotient"),
+        ),
+        ("Gradient entries exactly 0", lambda own: _percent(own["dead_fraction"]), "zero entries", ["dead_fraction"]),
     ],
     "gradient agreement": [
-        ("GradCosine", _cosine, "gradient agreement"),
-        ("GradSign: agreement of signs", _agreement, "signs"),
+        (
+            "GradCosine", _cosine, "gradient agreement",
+            ("grad_cosine", "floor", "groups", "of", "zero", "not_finite", "grad_norm", "norm_ratio"),
+        ),
+        (
+            "GradSign: agreement of signs", _agreement, "signs",
+            ("agreement", "agreement_by_chance", "grad_sign"),
+        ),
     ],
     "look-ahead": [
-        ("Best normalised step", _best_step, "look-ahead"),
-        ("… as a learning rate of SGD", lambda own: f"{own['learning_rate']:.2g}", "learning rate"),
+        ("Best normalised step", _best_step, "look-ahead", ("best_step", "loss", "best_loss", "gradient_norm")),
+        ("… as a learning rate of SGD", _learning_rate, "learning rate", ("learning_rate",)),
     ],
-    "derivatives": [("Derivatives", _verdicts, "derivatives")],
-}
-"""By part of `examine`: names and values of what it measures, and the key of `HEALTHY`."""
+    "derivatives": [("Derivatives", _verdicts, "derivatives", ())],
+}  # fmt: skip
+"""By part of `examine`: names and values of what it measures, the key of `HEALTHY`, and its quantities in the CSV."""
 
 
 # ---------------------------------------------------------------------------------------------- the screen
@@ -533,35 +702,88 @@ LAYER_COLUMNS = (
         f"Share of an activation's units with a slope of at most {SLOPE_OFF} for every example and position.",
     ),
 )
-CSV_COLUMNS = (
+LAYER_CSV_COLUMNS = (
     "name", "kind", "follows", "called", "weight_norm", "kaiming_ratio", "activation_mean", "activation_std",
     "gradient_norm", "output_gradient_norm", "units", "dead_share", "dead_size",
 )  # fmt: skip
 
 
-def write_report(folder: Path, result: Result) -> Path:
-    """`page.html` and `layers.csv` in the folder; the page's path."""
-    rows = [[_csv(row[key]) for key in CSV_COLUMNS] for row in result["layers"]]
-    write_csv(folder / "layers.csv", CSV_COLUMNS, rows)
+NUMBER_COLUMNS = ("diagnostic", "quantity", "value", "missing")
+LOOK_AHEAD_COLUMNS = ("step", "loss", "promised")
+DERIVATIVE_COLUMNS = ("quantity", "verdict", "error", "note", "layers")
+TABLES = ("numbers.csv", "layers.csv", "look_ahead.csv", "derivatives.csv")
+"""What stands beside the page: every number of it, in full."""
+
+
+def write_report(
+    folder: Path, result: Result, *, command: str, config: Mapping[str, Any], environment: Mapping[str, Any]
+) -> Path:
+    """`page.html` and `TABLES` in the folder; the page's path.
+
+    Args:
+        folder: Of the run.
+        result: From `examine`, with what was asked.
+        command: What was typed, to be shown and typed again.
+        config: Of the run.
+        environment: As in `environment.json`: data identity, device, versions.
+    """
+    tables = {
+        "numbers.csv": (NUMBER_COLUMNS, number_rows(result)),
+        "layers.csv": (LAYER_CSV_COLUMNS, [[row[key] for key in LAYER_CSV_COLUMNS] for row in result["layers"]]),
+        "look_ahead.csv": (LOOK_AHEAD_COLUMNS, look_ahead_rows(result["look-ahead"])),
+        "derivatives.csv": (DERIVATIVE_COLUMNS, derivative_rows(result["derivatives"])),
+    }
+    for name in TABLES:
+        columns, rows = tables[name]
+        write_csv(folder / name, columns, [list(map(_csv, row)) for row in rows])
     path = folder / "page.html"
+    repeat = Section("How to repeat this", list(_repeat_parts(command, config, environment)))
     write_page(
         path,
         title=f"{result['model']} at initialisation",
         lead=f"{headline(result)} {_lead(result)}",
-        sections=sections_of(result),
-        footer={"command": command_of(result), "data": result["data"], "device": result["device"]},
+        sections=[*sections_of(result), repeat],
+        footer=_footer(environment),
     )
     return path
 
 
-def command_of(result: Result) -> str:
-    """What makes the page again."""
-    options = {"method": result["method"], "loss": result["loss_function"], "batch-size": result["batch_size"]}
-    given = "".join(f" --{key} {value}" for key, value in options.items() if value is not None)
-    return (
-        f"python -m reproduce.examine --model {result['model']} --data {result['dataset']}{given} "
-        f"--seed {result['seed']}"
+def look_ahead_rows(own: dict[str, Any] | None) -> list[list[float]]:
+    """A row a length, from 0: the loss after the step, and what the gradient promises of it."""
+    if own is None:
+        return []
+    points = [(0.0, own["loss"]), *zip(own["steps"], own["losses"], strict=True)]
+    return [[eta, loss, own["loss"] - eta * own["gradient_norm"]] for eta, loss in points]
+
+
+def derivative_rows(own: dict[str, dict[str, Any]] | None) -> list[list[Any]]:
+    """A row a quantity that was checked."""
+    return [
+        [name, check["verdict"], check["error"], check["note"] or None, "; ".join(check["layers"]) or None]
+        for name, check in (own or {}).items()
+    ]
+
+
+def _repeat_parts(command: str, config: Mapping[str, Any], environment: Mapping[str, Any]) -> Iterator[Part]:
+    yield Code(command)
+    yield Prose(
+        f"Data: {environment['data']['identity']}\n\n"
+        "The seed fixes the model's own draw, what the method draws, and the batch. Every number of this page is in "
+        f"{', '.join(TABLES[:-1])} and {TABLES[-1]}, beside it."
     )
+    yield Code(json.dumps(config, indent=2, default=str))
+
+
+def _footer(environment: Mapping[str, Any]) -> dict[str, str]:
+    found = {
+        "Device": environment["device"],
+        "Data": environment["data"]["identity"],
+        "Data, SHA-256": environment["data"]["sha256"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
+        "Commit": environment.get("commit"),
+        "Platform": environment.get("platform"),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
 
 
 def _csv(value: Any) -> Any:
@@ -569,7 +791,8 @@ def _csv(value: Any) -> Any:
 
 
 def _lead(result: Result) -> str:
-    first = f"initialised by {result['method']}" if result["method"] else "as it comes"
+    options = f" ({' '.join(result['options'])})" if result["options"] else ""
+    first = f"initialised by {result['method']}{options}" if result["method"] else "as it comes"
     return (
         f"{result['description']}, {first}; one batch of {result['dataset']}, "
         f"{result['examples'] or 'an unknown number of'} examples, no training."
@@ -589,7 +812,7 @@ def sections_of(result: Result) -> list[Section]:
         Section("In numbers", [table]),
         Section("Layer by layer", [Prose(explained("layers")), *layer_parts(result)]),
     ]
-    if result["look-ahead"]:
+    if result["look-ahead"] and any(map(is_number, result["look-ahead"]["losses"])):
         sections.append(Section("One step along the gradient", [look_ahead_picture(result["look-ahead"])]))
     if result["without_gradient"]:
         rows = [[name, reason] for name, reason in result["without_gradient"].items()]
@@ -604,8 +827,8 @@ def _in_cells(texts: tuple[str, str]) -> list[str]:
     return [text[0].upper() + text[1:] for text in texts]
 
 
-def layer_parts(result: Result) -> list[Any]:
-    parts: list[Any] = []
+def layer_parts(result: Result) -> list[Part]:
+    parts: list[Part] = []
     if _weight_rows(result):
         parts.append(
             Picture(

@@ -1,17 +1,20 @@
 """Examining a model: each number against its definition, what is found wrong with broken models, and the command."""
 
 import csv
+import html
 import io
 import itertools
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -22,6 +25,7 @@ from common.networks import make_network
 from papers.gradinit import look_ahead_loss
 from papers.metainit import gradient_quotient
 from papers.nio import grad_cosine, grad_sign, gradient_tensors, windows
+from reproduce import apply
 from reproduce.examine import (
     GUARD_SECONDS,
     STEPS,
@@ -37,7 +41,7 @@ from reproduce.examine import (
     run,
     too_long,
 )  # fmt: skip
-from reproduce.examine_report import HEALTHY, findings_of, numbers, print_report, write_report
+from reproduce.examine_report import HEALTHY, TABLES, findings_of, numbers, print_report, write_report
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
 
@@ -253,18 +257,187 @@ def test_what_a_model_refuses_stands_with_its_reason(tmp_path, generator):
     assert "once_differentiable" in shown(result, tmp_path)
 
 
+class Net(nn.Module):
+    """A body, something in between, and a head."""
+
+    def __init__(self, between, body: nn.Module | None = None) -> None:
+        super().__init__()
+        self.between = between
+        self.body = body or nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.between(self.body(x)))
+
+
+def by_distance(h: torch.Tensor) -> torch.Tensor:
+    """Each example weighs the others by their distance; at its distance from itself, 0, a root has no slope."""
+    return torch.exp(-((h[:, None] - h[None]) ** 2).sum(-1).sqrt()) @ h
+
+
+class Scale(nn.Module):
+    """A layer whose own parameter alone has a gradient that is not finite: a root at exactly 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x):
+        return x * (1 + self.size.sqrt())
+
+
+@pytest.mark.parametrize("derivatives", ["never", "always"])
+def test_a_gradient_that_is_not_finite_is_said_and_ends_in_a_page(derivatives, tmp_path, generator):
+    result = examine(Net(by_distance), batch=images(generator), num_classes=10, derivatives=derivatives)
+    assert math.isfinite(result["loss"])
+    first = result["findings"][0]
+    assert first["what"].startswith("The gradient is not finite in 4 of 6 parameters: 'body.1.weight', 'body.1.bias', ")
+    assert "It begins between layer 'body.3' and the loss, in torch's SqrtBackward0." in first["what"]
+    assert "It is so for 8 of 8 examples." in first["what"]
+    assert "sqrt(x + 1e-12)" in first["try"]
+    assert "exactly 0" not in whats(result)
+    assert result["refused"]["gradient quotient"] == "the gradient is not finite"
+    assert "the gradient is not finite" in result["refused"]["look-ahead"]
+    assert {key: result["gradient agreement"][key] for key in ("zero", "not_finite")} == {"zero": 0, "not_finite": 8}
+    assert math.isnan(result["gradient agreement"]["agreement"])  # NaN has no sign to agree in
+    page = shown(result, tmp_path)
+    assert "none: a gradient is not finite" in page
+    if derivatives == "always":
+        assert "5 of 6 derivatives differ from finite differences (5 of these are not finite)" in whats(result)
+        assert "by up to inf" not in whats(result)
+
+
+def test_a_layer_whose_own_parameter_has_no_finite_gradient_is_named(tmp_path, generator):
+    result = examine(Net(Scale()), batch=images(generator), num_classes=10, derivatives="never")
+    assert "The gradient is not finite in 1 of 7 parameters: 'between.size'." in whats(result)
+    assert "It begins in layer 'between', in torch's SqrtBackward0." in whats(result)
+    shown(result, tmp_path)
+
+
+def test_a_gradient_of_some_examples_only_that_is_not_finite(tmp_path, generator):
+    x, y = images(generator)
+    x[:3] = 0  # whose root has no slope
+    body = nn.Sequential(nn.Flatten(), nn.Linear(192, 16, bias=False))
+    result = examine(Net(lambda h: h * h.square().sum(1, keepdim=True).sqrt(), body), batch=(x, y), derivatives="never")
+    assert "It is so for 3 of 8 examples." in whats(result)
+    shown(result, tmp_path)
+
+
+def test_a_gradient_of_which_only_the_exact_derivative_is_not_finite(tmp_path, monkeypatch, generator):
+    def finite(*args):
+        layers = examine_layers(*args)
+        rows = [row | {"gradient_norm": 1.0, "output_gradient_norm": 1.0} for row in layers.rows]
+        return replace(layers, gradient_norm=1.0, rows=rows)
+
+    monkeypatch.setattr("reproduce.examine.examine_layers", finite)
+    result = examine(Net(by_distance), batch=images(generator), derivatives="never")
+    assert "The gradient is not finite in 4 of 6 parameters" in whats(result)
+    assert "It begins in torch's SqrtBackward0." in whats(result)
+    shown(result, tmp_path)
+
+
+def test_a_norm_of_the_gradient_that_overflows(tmp_path, generator):
+    def loss_fn(model, batch):
+        return classification_loss(model, batch) * 1e200  # whose squares no float64 holds
+
+    result = examine(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), loss_fn, images(generator), derivatives="never")
+    assert result["gradient_norm"] == math.inf
+    assert "The norm of the gradient is inf." in whats(result)
+    shown(result, tmp_path)
+
+
+def test_second_derivatives_that_are_not_finite_are_findings(tmp_path, generator):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU())
+    result = examine(Net(torch.sqrt, body), batch=images(generator), num_classes=10, derivatives="never")
+    assert math.isfinite(result["gradient_norm"])
+    one, two = result["findings"]
+    assert "A gradient on the way back from the loss is not finite, although that of every parameter is." in one["what"]
+    assert "between activation 'body.2' (ReLU after 'body.1') and the loss, in torch's SqrtBackward0" in one["what"]
+    assert two["what"].startswith("The gradient quotient is nan: the gradient is finite, but its change")
+    shown(result, tmp_path)
+
+
+def test_a_loss_that_is_finite_before_every_step_and_after_none(tmp_path, generator):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    model.at = nn.Parameter(torch.zeros(()))
+    # rises without end to the left of 0, where it is: the first step is to where the logarithm is not defined
+    result = examine(
+        model, lambda m, b: classification_loss(m, b) + 1e4 * m.at + 0 * (m.at + 1e-5).log(), images(generator),
+        derivatives="never",
+    )  # fmt: skip
+    own = result["look-ahead"]
+    assert (own["best_step"], own["best_loss"], own["learning_rate"]) == (None, None, None)
+    assert "The loss is not finite after any step along the gradient, whatever its length" in whats(result)
+    page = shown(result, tmp_path)
+    assert "not finite after any step" in page
+
+
+def test_a_loss_that_is_not_finite_after_long_steps(tmp_path, generator):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    model.at = nn.Parameter(torch.zeros(()))
+    result = examine(
+        model, lambda m, b: classification_loss(m, b) + 1e4 * m.at + 0 * (m.at + 0.5).log(), images(generator),
+        derivatives="never",
+    )  # fmt: skip
+    assert "The loss is not finite after a step along the gradient of length 1, 3.16, 10." in whats(result)
+    shown(result, tmp_path)
+
+
+def test_outputs_and_weights_that_are_not_finite_beside_a_finite_loss(tmp_path, generator):
+    model = Net(lambda h: torch.where(h.isfinite(), h, 0.0))
+    with torch.no_grad():
+        model.body[3].bias[0] = math.inf
+    model.never = nn.Linear(2, 2)
+    nn.init.constant_(model.never.weight, math.nan)
+    result = examine(model, batch=images(generator), num_classes=10, derivatives="never")
+    assert math.isfinite(result["loss"])
+    assert "Weights are not finite: layer 'never'." in whats(result)
+    assert "Outputs are not finite, although the loss is: 'body.3'." in whats(result)
+    assert "He's rule" not in whats(result)
+    shown(result, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("gradient quotient", "gradient_quotient"), ("gradient agreement", "grad_cosine"),
+        ("gradient agreement", "grad_norm"), ("look-ahead", "losses"), ("derivatives", "gradient"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_whatever_is_not_finite_is_a_finding(part, key, value, generator):
+    result = examine(make_network("plain-5-8"), batch=images(generator), num_classes=10, derivatives="always")
+    assert findings_of(result) == []
+    own = result[part]
+    if key == "losses":
+        own[key][4] = value
+    elif part == "derivatives":
+        verdict = "refused" if math.isnan(value) else "wrong"  # as the guard has it
+        own[key] |= {"error": value, "verdict": verdict}
+    else:
+        own[key] = value
+    assert len(findings_of(result)) == 1
+
+
 def test_a_model_without_any_gradient(tmp_path, generator):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     result = examine(model, lambda m, b: classification_loss(m, b).detach(), images(generator), derivatives="never")
     assert "no direction to step along" in result["refused"]["look-ahead"]
-    assert "One example or more has a gradient of exactly 0." in whats(result)
+    assert "8 of 8 examples have a gradient of exactly 0." in whats(result)
     shown(result, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- the report
 ABOUT = {
     "description": "m", "model": "m", "dataset": "d", "data": "some data", "device": "cpu", "method": None, "seed": 0,
-    "loss_function": None, "batch_size": 8,
+    "loss_function": None, "batch_size": 8, "options": [],
+}  # fmt: skip
+REPEAT = {
+    "command": "python -m reproduce.examine --model 'm m'",
+    "config": {"model": "m m", "batch_size": 8, "data_dir": Path("somewhere")},
+    "environment": {
+        "data": {"identity": "some data", "sha256": "abc"}, "versions": {"torch": "2"}, "device": "cpu", "commit": None,
+    },
 }  # fmt: skip
 
 
@@ -273,7 +446,7 @@ def shown(result: dict, folder: Path) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     print_report(console, ABOUT | result)
     assert all(len(line) <= 80 for line in console.export_text().splitlines())
-    page = write_report(folder, ABOUT | result).read_text("utf-8")
+    page = write_report(folder, ABOUT | result, **REPEAT).read_text("utf-8")
     json.dumps(recorded(ABOUT | result), allow_nan=False)
     return page
 
@@ -284,9 +457,59 @@ def test_the_page_says_what_is_healthy_of_every_number(tmp_path, generator):
     assert page.count("<svg") == 2
     assert {key for _, _, key in numbers(result)} <= HEALTHY.keys()
     assert "No findings." in page
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "layers.csv").read_text("utf-8"))))
+    rows = read_csv(tmp_path / "layers.csv")
     assert [row["name"] for row in rows] == [row["name"] for row in result["layers"]]
     assert float(rows[0]["weight_norm"]) == result["layers"][0]["weight_norm"]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
+
+
+def test_every_number_of_the_page_is_in_a_table_beside_it(tmp_path, generator):
+    result = examine(make_network("plain-3-2"), batch=images(generator), num_classes=10, derivatives="always")
+    page = shown(result, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"page.html", *TABLES}
+    assert all(name in page for name in TABLES)
+    rows = read_csv(tmp_path / "numbers.csv")
+    assert list(dict.fromkeys(row["diagnostic"] for row in rows)) == [name for name, _, _ in numbers(result)]
+    values = {(row["diagnostic"], row["quantity"]): row["value"] for row in rows}
+    assert float(values["Loss", "loss"]) == result["loss"]
+    assert float(values["Loss", "chance"]) == math.log(10)
+    quotient, agreed = result["gradient quotient"], result["gradient agreement"]
+    assert float(values["Gradient quotient", "gradient_quotient"]) == quotient["gradient_quotient"]
+    assert float(values["GradCosine", "floor"]) == agreed["floor"]
+    assert float(values["GradSign: agreement of signs", "agreement"]) == agreed["agreement"]
+    assert float(values["Best normalised step", "best_step"]) == result["look-ahead"]["best_step"]
+    assert float(values["… as a learning rate of SGD", "learning_rate"]) == result["look-ahead"]["learning_rate"]
+    assert values["Derivatives", "right"] == "6"
+    curve = read_csv(tmp_path / "look_ahead.csv")
+    assert [float(row["step"]) for row in curve] == [0.0, *STEPS]
+    assert [float(row["loss"]) for row in curve[1:]] == result["look-ahead"]["losses"]
+    promised = result["loss"] - STEPS[-1] * result["look-ahead"]["gradient_norm"]
+    assert float(curve[-1]["promised"]) == pytest.approx(promised)
+    checks = read_csv(tmp_path / "derivatives.csv")
+    assert {row["quantity"]: float(row["error"]) for row in checks} == {
+        name: own["error"] for name, own in result["derivatives"].items()
+    }
+
+
+def test_a_number_that_is_missing_has_its_reason_in_the_table(tmp_path, generator):
+    result = examine(Net(by_distance), batch=images(generator), num_classes=10, derivatives="never")
+    shown(result, tmp_path)
+    rows = {row["diagnostic"]: row for row in read_csv(tmp_path / "numbers.csv")}
+    assert (rows["Gradient quotient"]["value"], rows["Gradient norm"]["value"]) == ("", "nan")
+    assert rows["Gradient quotient"]["missing"] == "the gradient is not finite"
+    assert "--derivatives never" in rows["Derivatives"]["missing"]
+    assert read_csv(tmp_path / "look_ahead.csv") == read_csv(tmp_path / "derivatives.csv") == []
+
+
+def test_the_page_shows_the_command_and_the_whole_configuration(tmp_path, generator):
+    result = examine(make_network("plain-3-2"), batch=images(generator), num_classes=10, derivatives="never")
+    page = html.unescape(shown(result, tmp_path))
+    assert "python -m reproduce.examine --model 'm m'" in page
+    assert '"data_dir": "somewhere"' in page
+    assert "torch 2" in page
 
 
 def test_findings_are_a_function_of_the_record(tmp_path, generator):
@@ -316,8 +539,13 @@ def test_gpt2_on_characters_from_a_configuration(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "No findings." in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "environment.json", "metrics.jsonl", "summary.json", "page.html", "layers.csv"
-    }  # fmt: skip
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "page.html",
+        *TABLES,
+    }
     summary = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))
     assert summary["loss"] == pytest.approx(summary["chance"], abs=0.5)
     kinds = [row["kind"] for row in summary["layers"]]
@@ -329,8 +557,10 @@ def test_gpt2_on_characters_from_a_configuration(tmp_path):
 def test_a_user_s_model_and_a_method(tmp_path, generator):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
-        "def loud(num_classes=10, inputs=3072):\n"
-        "    model = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, num_classes))\n"
+        "def loud(num_classes=10, inputs=3072, hidden=16):\n"
+        "    model = nn.Sequential(\n"
+        "        nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)\n"
+        "    )\n"
         "    nn.init.normal_(model[3].weight, std=30.0)\n"
         "    return model\n",
         "utf-8",
@@ -340,11 +570,64 @@ def test_a_user_s_model_and_a_method(tmp_path, generator):
     assert "Layer '3': its weights are" in whats(examine(own["loud"](inputs=192), batch=images(generator)))
     done = run_examine(
         tmp_path, "--model", "mine:loud", "--data", "digits", "--batch-size", "8", "--derivatives", "never",
-        "--method", "kaiming", "--output", "out",
+        "--method", "kaiming", "--options", "nonlinearity=relu", "--model-options", "hidden=24", "--output", "out put",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "No findings." in done.stdout
-    assert "initialised by kaiming" in (tmp_path / "out" / "page.html").read_text("utf-8")
+    assert all(name in " ".join(done.stdout.split()) for name in TABLES)
+    page = html.unescape((tmp_path / "out put" / "page.html").read_text("utf-8"))
+    assert "initialised by kaiming (nonlinearity=relu)" in page
+    assert (
+        "python -m reproduce.examine --device cpu --quiet --model mine:loud --data digits --batch-size 8 "
+        "--derivatives never --method kaiming --options nonlinearity=relu --model-options hidden=24 --output 'out put'"
+    ) in page
+    for line in ('"derivatives": "never"', '"device": "cpu"', '"data_dir": null', '"seed": 0'):
+        assert line in page
+    rows = read_csv(tmp_path / "out put" / "layers.csv")
+    assert [row["units"] for row in rows if row["kind"] == "ReLU"] == ["24"]
+
+
+@pytest.fixture
+def single():
+    """Commands work in float32, the tests in float64."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.mark.usefixtures("single")
+def test_weights_are_drawn_by_the_seed_as_apply_draws_them(tmp_path):
+    norms = []
+    for number, seed in enumerate((1, 2, 1)):
+        config = Config(
+            model="plain-3-2", data="digits", method="kaiming", seed=seed, batch_size=4, derivatives="never",
+            device="cpu", quiet=True, output=tmp_path / f"{number}",
+        )  # fmt: skip
+        norms.append([row["weight_norm"] for row in run(config)["layers"]])
+    assert norms[0] == norms[2] != norms[1]
+    applied = tmp_path / "weights.safetensors"
+    apply.run(
+        apply.Config(
+            model="plain-3-2", data="digits", method="kaiming", seed=1, device="cpu", quiet=True, output=applied
+        )
+    )
+    weights = load_file(applied)
+    assert norms[0][0] == pytest.approx(weights["features.0.weight"].norm().item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("single")
+def test_options_of_model_and_method_are_theirs(tmp_path):
+    config = Config(
+        model="plain-3-2", model_options=("image_size=16",), data="digits", method="gradinit", options=("steps=1",),
+        batch_size=2, derivatives="never", device="cpu", quiet=True, output=tmp_path / "out",
+    )  # fmt: skip
+    result = run(config)
+    assert "16×16" in result["description"]
+    assert result["options"] == ["steps=1"]
+    page = (tmp_path / "out" / "page.html").read_text("utf-8")
+    assert "initialised by gradinit (steps=1)" in page
+    with pytest.raises(ValueError, match=r"must take the options .*sides"):
+        run(replace(config, model="torchvision:resnet18", model_options=("sides=64",), output=tmp_path / "other"))
 
 
 def test_a_mistake_is_told_before_anything_is_loaded(tmp_path):
@@ -352,4 +635,10 @@ def test_a_mistake_is_told_before_anything_is_loaded(tmp_path):
         run(Config(model="plain-3-2", method="kaimingg", output=tmp_path / "out"))
     with pytest.raises(ValueError, match="`batch_size` must be 2 or more, to compare examples, got 1"):
         run(Config(model="plain-3-2", batch_size=1, output=tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"`options` are a method's, got steps=50 without one\. Name it by --method"):
+        run(Config(model="plain-3-2", options=("steps=50",), output=tmp_path / "out"))
+    with pytest.raises(TypeError, match=r"got 'gama'\. Did you mean 'gamma'\?"):
+        run(Config(model="plain-3-2", method="gradinit", options=("gama=1",), output=tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"examine: an option must read key=value, each key once, got 'image_size'"):
+        run(Config(model="plain-3-2", model_options=("image_size",), output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
