@@ -22,7 +22,7 @@ Config = TypeVar("Config")
 INTERRUPTED = 130  # the shell's own status for Ctrl-C
 TRACEBACK = "LEARNED_INIT_TRACEBACK"
 """The variable that, set to anything, has a user's mistake end in its traceback, as a bug does."""
-MADE_HERE = ("digits", "noise", "pydoc", "embedded", "reversed")
+MADE_HERE = ("digits", "noise", "pydoc", "stdlib", "embedded", "reversed")
 """Data that no network is asked for."""
 GO_ON = "Interrupted. The same command with --output and the run folder named above goes on from here."
 

@@ -433,7 +433,8 @@ class AskedOfSeveral(Asked):
     ("data", "may"),
     [
         ("auto", True), ("cifar10", True), ("ptb", True), ("hub:mnist", True), ("hub:folder", False),
-        ("folder", False), ("digits", False), ("noise", False), ("pydoc", False), ("my.loaders:make", False),
+        ("folder", False), ("digits", False), ("noise", False), ("pydoc", False),
+        ("stdlib", False), ("my.loaders:make", False),
         ("[/x]", True), ("[bold]", True),
     ],
 )  # fmt: skip
