@@ -512,9 +512,12 @@ def named(spec: str, what: str, caller: str) -> Callable[..., Any]:
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:  # a user's module may raise anything when it is imported
+        first = module.partition(".")[0]
+        taken = f" {first!r} is a package of this library: give your module another name."
         raise ValueError(
             f"{caller}: `{what}` must be importable, got {type(error).__name__}: {error}, for {attribute!r} of the "
             f"module {module!r}. Tried the installed packages and the current directory."
+            + (taken if first in ("common", "data", "papers", "reproduce") else "")
         ) from error
     if not callable(found):
         raise TypeError(f"{caller}: `{what}` must be callable, got {_told(found)} for {spec}.")

@@ -25,6 +25,7 @@ from common.record import Run, as_recorded, device_name, device_of, write_enviro
 from common.training import TrainingConfig, train
 from common.types import Batch, UserLoss
 from papers.dimaml import PLIF, InitDistribution, Normal, dimaml, evaluation_steps
+from papers.dimaml.algorithm import BatchNorm
 from papers.dimaml.distributions import Family
 from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.dimaml_report import LEARNED, Shown, print_report, save_figure, save_laws, summarise
@@ -145,6 +146,7 @@ class Learning:
     task_sampler: Callable[[torch.Generator], tuple[Sequence[Batch], Sequence[Batch]]]
     start: InitDistribution
     inner: Optimizer
+    batch_norm: BatchNorm = "batch"
 
 
 def laws_path(folder: Path, name: Literal["start", "laws"], unit: Learn) -> Path:
@@ -257,7 +259,8 @@ class Bench(ABC):
             inner_steps=config.inner_steps, eval_every=config.eval_every, first_evaluation=config.first_evaluation,
             meta_steps=config.meta_steps,
             meta_lr=config.meta_lr_normal if unit.family == "normal" else config.meta_lr_plif,
-            draws=config.draws, antithetic=config.antithetic, vmap=config.draws > 1 or config.antithetic,
+            batch_norm=told.batch_norm, draws=config.draws, antithetic=config.antithetic,
+            vmap=config.draws > 1 or config.antithetic,
             generator=torch.Generator().manual_seed(0), checkpoint=checkpoint,
             on_step=lambda _: advance(1 / config.meta_steps), progress=False,
         )  # fmt: skip

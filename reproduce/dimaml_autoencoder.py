@@ -217,7 +217,9 @@ class AutoencoderBench(Bench):
             return train, list(own.standardised(held_out).split(config.held_out_batch_size))
 
         start = InitDistribution.from_model(model, unit.family, pieces=config.pieces)
-        return Learning(model, reconstruction_loss, sampler, start, sgd(config.learning_rate, momentum=0.9))
+        inner = sgd(config.learning_rate, momentum=0.9)
+        # as released: learned on the losses that a network in evaluation has, as it is tested
+        return Learning(model, reconstruction_loss, sampler, start, inner, batch_norm="carried")
 
     # ------------------------------------------------------------------------------------------ training
     def start_baseline(self, model: nn.Module, unit: Train, generator: torch.Generator) -> None:

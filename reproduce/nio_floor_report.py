@@ -156,7 +156,9 @@ CHANGE = "raised", "lowered", "not shown to change"
 def sentence(name: str, row: dict[str, Any]) -> str:
     """What the numbers of one kind of groups say: no claim without an interval that carries it."""
     start, floor = row["before"]["held out"], row["floor"]
-    share = f" (the floor is {100 * floor / start['grad_cosine']:.0f} % of GC)" if start["above_floor"]["mean"] > 0 else ""
+    share = (
+        f" (the floor is {100 * floor / start['grad_cosine']:.0f} % of GC)" if start["above_floor"]["mean"] > 0 else ""
+    )
     said = f"{name}{share if floor else ''}: at the start {_verdict(start['above_floor'], *ABOVE)}."
     for objective, places in row["objectives"].items():
         held_out, fitted = (_verdict(places[where]["grad_cosine_change"], *CHANGE) for where in ("held out", "fitted"))

@@ -686,6 +686,7 @@ def test_a_vision_transformer_keeps_224_unless_it_is_asked_for_another_size():
         ("timm:resnet19", {}, "timm must have the model, got 'resnet19'"),
         ("hf:none.json", {}, "'none.json' must be the JSON file of a configuration, got FileNotFoundError"),
         ("nowhere_at_all:make", {}, "`model` must be importable, got ModuleNotFoundError"),
+        ("data:make", {}, "'data' is a package of this library: give your module another name"),
     ],
 )  # fmt: skip
 def test_models_that_do_not_fit_are_refused(spec, options, message):

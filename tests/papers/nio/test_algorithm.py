@@ -820,6 +820,7 @@ def test_a_layer_without_a_second_derivative_is_named():
     assert_same_state(net, before)
 
 
+@pytest.mark.filterwarnings("ignore:nio. torch.func.vmap cannot follow")
 @pytest.mark.parametrize("options", [{}, {"splits": 2}], ids=str)
 def test_a_layer_that_leaves_torch_is_named(options):
     class Leaving(nn.Module):
@@ -831,7 +832,6 @@ def test_a_layer_that_leaves_torch_is_named(options):
     with pytest.raises(
         DerivativeError, match=r"Layer '1' \(Leaving\): it reads values outside of torch \(through numpy"
     ):
-        warnings.simplefilter("ignore")  # that it goes through examples one by one
         nio(model, batches=GOOD, steps=2, **options, **QUIET)
     assert_same_state(model, before)
 
