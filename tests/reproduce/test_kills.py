@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from reproduce import compare
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
 
@@ -259,6 +261,39 @@ def test_kills_change_no_number(undisturbed, tmp_path, request):
     found = disturb(undisturbed, tmp_path, [kill] * command.kills, name=request.node.name)
     total = len(whole_records(undisturbed.folder).splitlines())
     assert any(records < total for records in found)  # not only while figures were drawn
+
+
+@pytest.mark.slow
+def test_a_charged_comparison_keeps_its_plan_whatever_kills_it(tmp_path):
+    """Costs are timed, so that no two runs are equal; but each goes by what it recorded first, to the last training."""
+    options = ("--methods", "kaiming", "gradinit", "nio", "--budget", "1.5s", "--processes", "1")
+    folder, moments = tmp_path / "run", random.Random("charged")
+    with Starter("compare", *options) as starter:
+        undisturbed = make_undisturbed(Command("compare", options), starter, tmp_path / "undisturbed")
+        kept: list[bytes] = []
+        for _ in range(5):
+            process = starter.begin("--output", str(folder))
+            if not starter.ends_within(undisturbed.seconds * moments.uniform(0.1, 0.6)):
+                kill(process, folder)
+            starter.end()
+            kept.append(whole_records(folder))
+        status, errors = starter.run("--output", str(folder))
+    assert status == 0, errors
+    assert all(later.startswith(earlier) for earlier, later in pairwise([*kept, whole_records(folder)]))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    whole = [json.loads(line) for line in (undisturbed.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    units = [
+        [(r["kind"], r.get("arm"), r.get("seed"), r.get("learning_rate")) for r in own] for own in (records, whole)
+    ]
+    assert len(set(units[0])) == len(units[0])
+    assert set(units[0]) == set(units[1])
+    config = compare.Config(**json.loads((folder / "config.json").read_text("utf-8")))
+    plan = compare.make_plan(config, next(r for r in records if r["kind"] == "timing"), steps_per_epoch=8)
+    started = {(r["arm"], r["seed"]): r for r in records if r["kind"] == "initialisation"}
+    for record in (r for r in records if r["kind"] == "training"):
+        unit = compare.Train(record["arm"], record["seed"], record["learning_rate"], 0)
+        own = plan.training(unit, started[record["arm"], record["seed"]])
+        assert (record["updates"], record["charged_updates"]) == (own.slices * own.length, own.charged)
 
 
 ON_LINUX = pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process need Linux")
