@@ -175,9 +175,12 @@ def peaks(device: torch.device, one: str, other: str, rounds: int = 1) -> dict[s
 
 @cache
 def best_interval(config: Config, steps: int, device: torch.device) -> int:
-    """m at which the segments need the least memory, of those in the configuration."""
+    """m at which the segments need the least memory, of those in the configuration.
+
+    Where N/m states and the graphs of m steps take the same, m is √N times a number of the network's own: here some √N/4.
+    """
     megabytes = {}
-    for m in config.intervals:
+    for m in [m for m in config.intervals if steps <= 64 * m**2 <= 16 * steps] or config.intervals:
         one = child("segments", steps, m, config)
         megabytes[m] = peaks(device, one, one)["megabytes"]
     return min(megabytes, key=megabytes.__getitem__)
