@@ -177,7 +177,7 @@ def peaks(device: torch.device, one: str, other: str, rounds: int = 1) -> dict[s
 def best_interval(config: Config, steps: int, device: torch.device) -> int:
     """m at which the segments need the least memory, of those in the configuration.
 
-    Where N/m states and the graphs of m steps take the same, m is √N times a number of the network's own: here some √N/4.
+    Where N/m states take what the graphs of m steps do, m is √N times a number of the network: here about a quarter.
     """
     megabytes = {}
     for m in [m for m in config.intervals if steps <= 64 * m**2 <= 16 * steps] or config.intervals:
