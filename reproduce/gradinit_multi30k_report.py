@@ -134,15 +134,16 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     for optimizer, result in summary["optimizers"].items():
         table = Table(title=f"\n{optimizer}, {summary['model']}", title_justify="left", box=None, padding=(0, 1, 0, 0))
         table.add_column("start", no_wrap=True)
-        for heading in ("failed", "best lr", "valid. loss", "BLEU", "init s", "train s"):
+        for heading in ("failed", "diverged", "best lr", "valid. loss", "BLEU", "init s", "train s"):
             table.add_column(heading, justify="right", no_wrap=True)
         for arm, row in result["arms"].items():
             if row["learning_rate"] is None:
-                table.add_row(arm, "", "", "failed" if row["failed"] else "not run")
+                table.add_row(arm, "", "", "", "failed" if row["failed"] else "not run")
                 continue
             table.add_row(
                 arm,
                 f"{row['failed_runs']}/{row['trainings']}",
+                f"{row['diverged']}/{row['trainings']}",
                 f"{row['learning_rate']:g}",
                 _spread(row["validation_loss"], 2),
                 _spread(row["bleu"], 1),
@@ -176,10 +177,10 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
                 console.print(f"{arm}: GradInit failed. {message}", highlight=False, markup=False)
     console.print(
         "\nValidation loss: nats a sub-word, without smoothing; the lines give it for each learning rate. failed: runs "
-        f"of the grid that ended not finite, or above {summary['unigram_loss']:.2f}, the loss of a model that knows "
-        "word frequencies alone. best lr: lowest validation loss, first seed. ± is the standard deviation over seeds, "
-        "no ± a single seed. BLEU: sacreBLEU on the test sentences, 0 where the run failed. init, train: seconds on "
-        "this machine.",
+        f"of the grid that ended not finite (diverged), or above {summary['unigram_loss']:.2f}, the loss of a model "
+        "that knows word frequencies alone: untrained as yet. best lr: lowest validation loss, first seed. ± is the "
+        "standard deviation over seeds, no ± a single seed. BLEU: sacreBLEU on the test sentences, 0 where the run "
+        "failed. init, train: seconds on this machine.",
         style="dim",
     )
 
