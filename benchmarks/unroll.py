@@ -2,9 +2,9 @@
 
     python -m benchmarks.unroll [--only memory time growth step naive largest curve meta-batch]
 
-The inner loop is ordinary training (momentum) of the paper's convolutional auto-encoder, at 32×32 pixels and an eighth
-of its width, on noise; the outer loss is taken halfway and at the end. Three schemes differentiate it, all through the
-same step:
+The inner loop is ordinary training (momentum) of a small convolutional auto-encoder with BatchNorm on noise (15,000
+parameters; the paper's has its shape); the outer loss is taken halfway and at the end. Three schemes differentiate it,
+all through the same step:
 
     ours      `common.unroll`: one step's graph at a time
     segments  torch.utils.checkpoint (reentrant) over m steps, whose graphs are held at once: the published scheme
@@ -36,12 +36,12 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import RESULTS, compare, compare_memory, peak_memory, run_sections
 from common.functional import classification_loss, parameters_of, pure_loss
-from common.networks import Autoencoder, CharLSTM, reconstruction_loss
+from common.networks import CharLSTM
 from common.optimizers import Optimizer, adam, sgd
 from common.precision import full_precision
 from common.record import device_of
 from common.training import TrainingConfig, make_optimizer
-from common.types import UserLoss
+from common.types import Batch, UserLoss
 from common.unroll import OuterLoss, State, TrainingStep, training_step, unroll
 from papers.dimaml import dimaml
 from reproduce.figures import log_scale, save_png
@@ -49,7 +49,6 @@ from reproduce.figures import log_scale, save_png
 Section = Literal["memory", "time", "growth", "step", "naive", "largest", "curve", "meta-batch"]
 Scheme = Literal["ours", "segments", "naive"]
 FIGURE = Path(__file__).parents[1] / "docs" / "dimaml_memory.png"
-WIDTH = 4
 BUDGET = 4 * 2**30
 """Bytes of the section largest."""
 
@@ -84,9 +83,36 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------- what is compared
 def autoencoder() -> nn.Module:
-    """The paper's, at an eighth of its width."""
+    """3 × 32 × 32 to 16 numbers and back; strided convolutions, BatchNorm and ReLU, as the paper's in small."""
     torch.manual_seed(0)
-    return Autoencoder(32, width=WIDTH, code=16)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 16),
+        nn.Linear(16, 256, bias=False),
+        nn.Unflatten(1, (16, 4, 4)),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 3, 4, stride=2, padding=1),
+    )
+
+
+def reconstruction(model: nn.Module, x: Batch) -> Tensor:
+    return nn.functional.mse_loss(model(x), x)
 
 
 class Problem:
@@ -95,7 +121,7 @@ class Problem:
     def __init__(self, steps: int, batch_size: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         self.model = autoencoder().to(device)
-        loss = pure_loss(self.model, reconstruction_loss, order=2)
+        loss = pure_loss(self.model, reconstruction, order=2)
         self.batches = [torch.randn(batch_size, 3, 32, 32, generator=generator).to(device) for _ in range(8)]
         self.inputs = [self.batches[t % 8] for t in range(steps)]
         self.step: TrainingStep = training_step(loss, sgd(0.01, momentum=0.9))
@@ -221,7 +247,7 @@ def section_step(config: Config, device: torch.device) -> dict[str, Any]:
     def ordinary() -> None:
         for x in problem.inputs:
             optimizer.zero_grad(set_to_none=True)
-            reconstruction_loss(model, x).backward()
+            reconstruction(model, x).backward()
             optimizer.step()
 
     cases = {"states computed again": 0, "every state kept": 1}
@@ -302,7 +328,7 @@ def section_meta_batch(config: Config, device: torch.device) -> dict[str, Any]:
     pairs = [(ids[:, :-1], ids[:, 1:]) for ids in text]
     problems: dict[str, tuple[nn.Module, UserLoss, Sequence[Any], Optimizer]] = {
         f"auto-encoder, batch {config.batch_size}": (
-            autoencoder().to(device), reconstruction_loss, list(images), sgd(0.01, momentum=0.9)
+            autoencoder().to(device), reconstruction, list(images), sgd(0.01, momentum=0.9)
         ),
         "character LSTM, 64 channels, 16 windows of 32": (
             CharLSTM(50, embedding=32, hidden=64).to(device), classification_loss, pairs, adam(1e-3)
@@ -361,7 +387,7 @@ def save_figure(path: Path, section: Mapping[str, Any]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         log_scale(axes)
         axes.set(xlabel="N, inner steps", ylabel="peak memory of a meta-gradient, MB")
-        setting = f"Auto-encoder of width {WIDTH}, batch 32. {section['machine']}, torch {section['torch']}"
+        setting = f"A small convolutional auto-encoder, batch 32. {section['machine']}, torch {section['torch']}"
         axes.set_title(setting, fontsize=8, loc="left")
         axes.legend(frameon=False)
         save_png(figure, path, dpi=130)
