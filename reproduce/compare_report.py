@@ -356,7 +356,19 @@ def how_chosen(summary: Summary) -> str:
         f"Each arm has its own learning rate, of {', '.join(f'{rate:g}' for rate in rates)}: the one with the best "
         f"mean {metric_of(summary['metric']).title} at the end over seeds. It is chosen on the numbers that are "
         "reported, which flatters an arm, and the more so, the more of its rates train about equally well."
+        f"{at_edge(summary)}"
     )
+
+
+def at_edge(summary: Summary) -> str:
+    """Which arms may do better beyond the learning rates that were tried."""
+    rates = summary["learning_rates"]
+    ends = {"smallest": min(rates), "largest": max(rates)}
+    arms = {
+        end: [a for a, row in summary["arms"].items() if row["learning_rate"] == rate] for end, rate in ends.items()
+    }
+    said = [f"the {end} for {', '.join(of_end)}" for end, of_end in arms.items() if of_end]
+    return f" Best at an edge of them, and maybe beyond it: {'; '.join(said)}." if said else ""
 
 
 # ---------------------------------------------------------------------------------------------- on screen

@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from reproduce import compare_report
-from reproduce.compare_report import FALSE_CLAIMS, conclude, how_chosen, how_sure, print_report
+from reproduce.compare_report import FALSE_CLAIMS, at_edge, conclude, how_chosen, how_sure, print_report
 from tests.mutation import mutated, survives
 
 REFUSAL = "fixup: `model` must have residual blocks, got <script>window.taken = 1</script>. Use another method."
@@ -386,6 +386,12 @@ def test_the_rule_is_said():
     assert "Each arm has its own learning rate, of 0.01, 0.1:" in how_chosen(summary_of())
     assert "flatters an arm, and the more so, the more of its rates train" in how_chosen(summary_of())
     assert "alike" not in how_chosen(summary_of())
+    chosen = {"arms": {"a": {"learning_rate": 0.1}, "b": {"learning_rate": 0.3}, "c": {"learning_rate": None}}}
+    assert at_edge(chosen | {"learning_rates": [0.3, 0.1, 0.03]}) == (
+        " Best at an edge of them, and maybe beyond it: the largest for b."
+    )
+    assert at_edge(chosen | {"learning_rates": [0.1, 0.3, 1.0]}).endswith("beyond it: the smallest for a.")
+    assert at_edge(chosen | {"learning_rates": [0.01, 0.1, 0.3, 1.0]}) == ""
     assert how_chosen(summary_of(learning_rates=(0.1,))) == "Every arm was trained with the learning rate 0.1."
 
 
