@@ -51,7 +51,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         if "constraint_share" in arms["GradInit"]:
             yield what_gradinit_did(arms["GradInit"])
 
-    note = "own init, longer: with the epochs added that GradInit costs by arithmetic, rounded up."
+    note = "own init, longer: with the epochs added that GradInit costs by arithmetic, to the nearest whole."
     print_tables(console, summary, said, note)
 
 

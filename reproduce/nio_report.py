@@ -66,7 +66,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
 
     note = (
         "NIO, examples: not defined with batch statistics. own init, longer: with the epochs added that NIO costs by "
-        "arithmetic, the larger of both, rounded up. Each interval stands by itself."
+        "arithmetic, the larger of both, to the nearest whole. Each interval stands by itself."
     )
     print_tables(console, summary, said, note)
 
