@@ -65,7 +65,7 @@ class Config:
     """Examples of an inner batch."""
     intervals: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
     """m of the segments, among which the best in memory is looked for."""
-    counts: tuple[int, ...] = (100, 1600)
+    counts: tuple[int, ...] = (100, 900)
     """N at which the section largest measures the schemes that grow with √N; the naive one at a quarter of each."""
     lengths: tuple[int, ...] = (16, 64, 256, 1024)
     """N at which the section curve measures the peaks of each scheme; the naive one up to 256."""
