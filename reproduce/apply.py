@@ -206,7 +206,7 @@ def run(config: Config) -> InitResult:
     console.print(f"Data: {data.identity}.", markup=False)
     console.print(f"Device: {device_name(device)}. Initialising {config.model} by {method.title}.", markup=False)
     start = time.perf_counter()
-    result = apply(model, loss_fn, data, config, options)
+    result = apply(model, loss_fn, data, config.method, options, seed=config.seed, quiet=config.quiet)
     record = {
         "method": method.name,
         "scales": result.scales,
@@ -227,11 +227,20 @@ def run(config: Config) -> InitResult:
     return result
 
 
-def apply(model: nn.Module, loss_fn: UserLoss, data: Brought, config: Config, options: Mapping[str, Any]) -> InitResult:
+def apply(
+    model: nn.Module,
+    loss_fn: UserLoss,
+    data: Brought,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    seed: int,
+    quiet: bool,
+) -> InitResult:
     """The method on the model: on the data's batches, or as MetaInit's paper has it, where `input_shape` is given."""
-    batches = None if "input_shape" in options else data.init_batches(seed=config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    return initialize(model, config.method, loss_fn, batches, generator=generator, progress=not config.quiet, **options)
+    batches = None if "input_shape" in options else data.init_batches(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return initialize(model, method, loss_fn, batches, generator=generator, progress=not quiet, **options)
 
 
 def report(console: Console, result: InitResult, title: str) -> None:

@@ -41,7 +41,20 @@ from reproduce.compare_report import (
     steps_text,
     unpaired,
 )
-from reproduce.page import Cell, Code, Column, Part, Picture, Prose, Section, Table, svg_of, write_csv, write_page
+from reproduce.page import (
+    Cell,
+    Code,
+    Column,
+    Part,
+    Picture,
+    Prose,
+    Section,
+    Table,
+    footer_of,
+    svg_of,
+    write_csv,
+    write_page,
+)
 
 CSV_COLUMNS = (
     "table", "arm", "against", "seed", "learning_rate", "epoch", "updates", "name", "quantity", "value"
@@ -93,7 +106,7 @@ def write_report(
         title=f"Initialisations of {config['model']} on {config['data']}",
         lead=" ".join([conclude(summary), *unpaired(summary)]),
         sections=[section for section in sections if section.parts],
-        footer=_footer(environment),
+        footer=footer_of(environment),
     )
     write_csv(folder / "results.csv", CSV_COLUMNS, list(_csv_rows(records, summary)))
     return path
@@ -343,19 +356,6 @@ def _method_parts(
         f"Data: {environment['data']['identity']}\n\n{said} Every number of this page is in results.csv, beside it."
     )
     yield Code(json.dumps(config, indent=2, default=str))
-
-
-def _footer(environment: Mapping[str, Any]) -> dict[str, str]:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    found = {
-        "Device": environment["device"],
-        "Data": environment["data"]["identity"],
-        "Data, SHA-256": environment["data"]["sha256"],
-        "Versions": versions,
-        "Commit": environment.get("commit"),
-        "Platform": environment.get("platform"),
-    }
-    return {name: str(value) for name, value in found.items() if value is not None}
 
 
 def _csv_rows(records: Records, summary: Summary) -> Iterator[list[str | float | None]]:

@@ -36,13 +36,14 @@ from common.precision import full_precision
 from common.record import as_recorded, device_name, device_of, write_environment
 from common.tree import flatten, numel, tree_add
 from common.types import Batch, Params, UserLoss
-from papers import initialize, method_of
+from papers import method_of
 from papers.gradinit import gradient_norm, step_direction
 from papers.metainit import relative_change
 from papers.metainit.objective import diagnostics
 from papers.nio import grad_cosine_floor, gradient_tensors, windows
 from papers.nio.objective import statistics
-from reproduce.bring import Brought, bring_data, bring_loss, bring_model, describe_model
+from reproduce.apply import apply
+from reproduce.bring import bring_data, bring_loss, bring_model, describe_model
 from reproduce.command import begin, end_well, make_progress, options_of
 from reproduce.examine_report import TABLES, findings_of, print_report, write_report
 
@@ -433,7 +434,7 @@ def run(config: Config) -> dict[str, Any]:
     console.print(f"Data: {data.identity}.", markup=False)
     console.print(f"Device: {device_name(device)}. Folder: {folder.folder}", markup=False)
     if config.method is not None:
-        prepare(model, loss_fn, data, config, options)
+        apply(model, loss_fn, data, config.method, options, seed=config.seed, quiet=config.quiet)
     with make_progress(quiet=config.quiet) as progress, full_precision(device):
         bar = progress.add_task("examining", total=float(len(PARTS)))
         done = iter(range(len(PARTS)))
@@ -455,14 +456,6 @@ def run(config: Config) -> dict[str, Any]:
     folder.finish(recorded(result))
     console.print(f"Page: {page}. Beside it: {', '.join(TABLES)} and summary.json.", markup=False)
     return result
-
-
-def prepare(model: nn.Module, loss_fn: UserLoss, data: Brought, config: Config, options: Mapping[str, Any]) -> None:
-    """The method on the model, as `reproduce.apply` has it with the same seed."""
-    assert config.method is not None
-    batches = None if "input_shape" in options else data.init_batches(seed=config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    initialize(model, config.method, loss_fn, batches, generator=generator, progress=not config.quiet, **options)
 
 
 def _asked(config: Config) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from reproduce.page import (
     Prose,
     Section,
     Table,
+    footer_of,
     svg_of,
     write_csv,
     write_page,
@@ -743,7 +744,7 @@ def write_report(
         title=f"{result['model']} at initialisation",
         lead=f"{headline(result)} {_lead(result)}",
         sections=[*sections_of(result), repeat],
-        footer=_footer(environment),
+        footer=footer_of(environment),
     )
     return path
 
@@ -772,18 +773,6 @@ def _repeat_parts(command: str, config: Mapping[str, Any], environment: Mapping[
         f"{', '.join(TABLES[:-1])} and {TABLES[-1]}, beside it."
     )
     yield Code(json.dumps(config, indent=2, default=str))
-
-
-def _footer(environment: Mapping[str, Any]) -> dict[str, str]:
-    found = {
-        "Device": environment["device"],
-        "Data": environment["data"]["identity"],
-        "Data, SHA-256": environment["data"]["sha256"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
-        "Commit": environment.get("commit"),
-        "Platform": environment.get("platform"),
-    }
-    return {name: str(value) for name, value in found.items() if value is not None}
 
 
 def _csv(value: Any) -> Any:

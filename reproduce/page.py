@@ -266,6 +266,20 @@ def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section]
     _write(path, html)
 
 
+def footer_of(environment: Mapping[str, Any]) -> dict[str, str]:
+    """What a page's footer says of the contents of `environment.json`."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    found = {
+        "Device": environment["device"],
+        "Data": environment["data"]["identity"],
+        "Data, SHA-256": environment["data"]["sha256"],
+        "Versions": versions,
+        "Commit": environment.get("commit"),
+        "Platform": environment.get("platform"),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> None:
     """Write a table for programs: numbers in full, None as an empty field; the file is whole, or not there."""
     buffer = io.StringIO()
