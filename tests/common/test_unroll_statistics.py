@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from common import unroll as module
 from common.batchnorm import fresh_statistics
@@ -18,6 +18,7 @@ from common.functional import parameters_of, pure_loss, tracking_loss
 from common.optimizers import adam, sgd
 from common.tree import tree_map
 from common.unroll import seed_of_step
+from tests.common.test_unroll import check_slopes
 from tests.mutation import fails, mutated
 from tests.normalised import Normalised, batch, by_hand
 from tests.papers.models import assert_same_state, state_of
@@ -194,22 +195,7 @@ def test_the_path_through_the_statistics_counts():
 
 def check_finite_differences(m):
     for optimizer in OPTIMIZERS:
-        problem = Problem(m, optimizer, N=3, times=(1, 3))
-        F, _ = problem.unrolled(m)
-        slopes = torch.autograd.grad(F, problem.leaves)
-        flat, spec = tree_flatten(problem.state)
-        generator = torch.Generator().manual_seed(2)
-        v = [torch.randn(leaf.shape, generator=generator) * leaf.requires_grad for leaf in flat]
-
-        def along(h, flat=flat, spec=spec, v=v, problem=problem):
-            moved = [leaf + h * way if leaf.requires_grad else leaf for leaf, way in zip(flat, v, strict=True)]
-            with torch.no_grad():
-                state = tree_unflatten(moved, spec)
-                return m.unroll(problem.step, state, problem.inputs, outer_losses=problem.outer)[0]
-
-        own = {id(leaf): way for leaf, way in zip(flat, v, strict=True)}
-        got = sum((slope * own[id(leaf)]).sum() for slope, leaf in zip(slopes, problem.leaves, strict=True))
-        assert_close(got, (along(1e-6) - along(-1e-6)) / 2e-6, rtol=1e-6, atol=1e-8)
+        check_slopes(m, Problem(m, optimizer, N=3, times=(1, 3)))
 
 
 def test_finite_differences():
