@@ -4,7 +4,8 @@ Torch's fused layer, batch and instance norm save their mean and inverse deviati
 derivative accounts for them by hand; one derivative further treats them as constants, and is silently wrong. Fused
 attention and recurrent kernels have no second, or no forward-mode, derivative at all. Under `exact_derivatives()` these
 functions are re-expressed in means, products and exponentials, whose derivatives of every order autograd gets right,
-and the masks of dropout no longer depend on how their input lies in memory.
+and the masks of dropout no longer depend on how their input lies in memory. Convolution and, outside of transforms,
+batch norm have derivatives of our own, for speed (`common.convolution`, `common.normalisation`).
 
 Function values are unchanged up to round-off. Nothing global is set: the mode is a thread-local
 `torch.overrides.TorchFunctionMode`, so an exception, another thread or a nested use leaves no trace.
@@ -20,9 +21,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from common.convolution import convolution, transposed_convolution
+from common.convolution import convolution, mapped_problems, transposed_convolution
+from common.normalisation import batch_norm
 
 __all__ = ["exact_derivatives"]
 
@@ -63,6 +66,36 @@ def _torch_layer_norm(
     return _layer_norm(x, normalized_shape, weight, bias, eps)
 
 
+def _is_written_out(x: Tensor, *per_channel: Tensor | None) -> bool:
+    """Whether `common.normalisation` takes what torch would take: reverse mode, no transforms, no half precision."""
+    given = [leaf for leaf in per_channel if leaf is not None]
+    return (
+        torch.is_grad_enabled()
+        and any(leaf.requires_grad for leaf in (x, *given))
+        and mapped_problems() is None
+        and forward_ad._current_level < 0
+        and x.dtype in (torch.float32, torch.float64)
+        and x.ndim >= 2
+        and x.numel() > x.shape[1]
+        and all(leaf.dtype == x.dtype and leaf.shape == x.shape[1:2] for leaf in given)
+    )
+
+
+def _batch_norm_to_second_order(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training and _is_written_out(x, running_mean, running_var, weight, bias):
+        return batch_norm(x, running_mean, running_var, weight, bias, momentum or 0.0, eps)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def _batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -73,8 +106,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not training:  # constants, no statistics to differentiate: torch's own formula is right
-        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    # constants are no statistics to differentiate: torch's own formula is right
+    if not training or _is_written_out(x, running_mean, running_var, weight, bias):
+        return _batch_norm_to_second_order(x, running_mean, running_var, weight, bias, training, momentum, eps)
     axes = [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1]
     if count < 2:
@@ -95,18 +129,23 @@ def _update_running(mean: Tensor, var: Tensor, x: Tensor, axes: list[int], momen
     var.lerp_((x.var(axes, correction=0) * (count / (count - 1))).to(var.dtype), momentum)
 
 
-def _torch_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    return _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+def _in_torchs_order(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.batch_norm` of a replacement for `torch.nn.functional.batch_norm`."""
+
+    def reordered(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool = True,
+    ) -> Tensor:
+        return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return reordered
 
 
 def _instance_norm(
@@ -417,7 +456,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _torch_layer_norm,
     F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
+    torch.batch_norm: _in_torchs_order(_batch_norm),
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
@@ -447,16 +486,13 @@ _REPLACEMENTS: dict[Callable, Callable] = {
 
 
 # What torch differentiates right up to the second order in reverse mode, and faster than primitives are.
-_RIGHT_TO_SECOND = {
-    F.layer_norm,
-    torch.layer_norm,
-    F.batch_norm,
-    torch.batch_norm,
-    F.instance_norm,
-    torch.instance_norm,
-}
+_RIGHT_TO_SECOND = {F.layer_norm, torch.layer_norm, F.instance_norm, torch.instance_norm}
 _OF_ORDER: dict[int, dict[Callable, Callable]] = {
-    2: {native: ours for native, ours in _REPLACEMENTS.items() if native not in _RIGHT_TO_SECOND},
+    2: {native: ours for native, ours in _REPLACEMENTS.items() if native not in _RIGHT_TO_SECOND}
+    | {
+        F.batch_norm: _batch_norm_to_second_order,
+        torch.batch_norm: _in_torchs_order(_batch_norm_to_second_order),
+    },
     3: _REPLACEMENTS,
 }
 
@@ -479,7 +515,7 @@ def exact_derivatives(order: Literal[2, 3] = 3) -> Iterator[None]:
 
     Args:
         order: 3 for any order and mode. 2 for at most two reverse-mode derivatives (no vmap, no forward mode), for
-            which layer, batch and instance norm may stay torch's own, which are faster.
+            which layer and instance norm, and batch norm under transforms, may stay torch's own, which are faster.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64, requires_grad=True)

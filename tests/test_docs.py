@@ -34,6 +34,7 @@ INTERNAL = {
     "common.convolution",
     "common.descent",
     "common.diagnosis",
+    "common.normalisation",
     "common.options",
     "data.parquet",
     "data.sources",
