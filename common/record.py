@@ -107,6 +107,22 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
     return Run(folder, _whole_lines(folder / "metrics.jsonl"), lock)
 
 
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Configuration, environment and records of a run folder, which is left as it is; another process may be at work.
+
+    Raises:
+        ValueError: It holds no run that has begun to compute, or is damaged.
+    """
+    config, environment, metrics = (folder / name for name in ("config.json", "environment.json", "metrics.jsonl"))
+    for path in (config, environment, metrics):
+        if not path.is_file():
+            raise ValueError(
+                f"read_run: {folder} must be a run folder, got none with {path.name}. Name another folder."
+            )
+    records = _records(metrics, metrics.read_bytes())
+    return _read_object(config, config.read_bytes()), _read_object(environment, environment.read_bytes()), records
+
+
 def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -> None:
     """`environment.json`: enough to know what a number was measured on. A run that is resumed keeps its first.
 
@@ -262,10 +278,15 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
-    return [_read_object(path, line, number) for number, line in enumerate(whole.split(b"\n")[:-1], start=1)]
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
+    return _records(path, text)
+
+
+def _records(path: Path, text: bytes) -> list[dict[str, Any]]:
+    """Of the file's whole lines."""
+    return [_read_object(path, line, number) for number, line in enumerate(text.split(b"\n")[:-1], start=1)]
 
 
 def _read_object(path: Path, text: bytes, line: int | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ An experiment is a name, its arms and its report; everything is recorded unit by
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from common.initializers import lsuv_
 from common.networks import make_network
-from common.record import Run, device_name, device_of, write_environment
+from common.record import Run, device_name, device_of, read_run, write_environment
 from common.scales import kinds_of
 from common.training import TrainingConfig
 from common.types import Batch, InitResult, NotFiniteError
@@ -148,6 +148,8 @@ class Arm:
     """Whether every seed is run, before other arms."""
     independent_examples: bool = False
     """Whether it is for networks without BatchNorm alone."""
+    shared: bool = False
+    """Whether another experiment's arm of that name is the same, so that its records may stand for this one's."""
 
     def applies_to(self, network: str) -> bool:
         return not (self.independent_examples and network.endswith("-bn"))
@@ -381,8 +383,48 @@ def check_config(config: Config, caller: str) -> None:
             make(network, 10)
 
 
-def run(config: Config, experiment: Experiment) -> dict[str, Any]:
-    """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
+def take_over(config: Config, arms: Sequence[Arm], folder: Run, splits: Splits, beside: Path) -> None:
+    """Records that another experiment's run has of shared arms, into this run's, each with where it comes from.
+
+    Args:
+        config: The numbers must depend on the same settings there.
+        arms: Of this experiment.
+        folder: This run; what it holds already stays.
+        splits: The data must be the same there.
+        beside: The other run's folder, which may still be at work.
+
+    Raises:
+        ValueError: No run folder, other settings or other data.
+    """
+    theirs, environment, records = read_run(beside)
+    free = {"preset", "data", "data_dir", "output", "device", "quiet", "networks", "seeds"}
+    shared = {field.name for field in fields(Config)} - free
+    if differing := sorted(name for name in shared if theirs.get(name) != getattr(config, name)):
+        raise ValueError(
+            f"take_over: {beside} must hold a run with the same settings, got other values of {', '.join(differing)}. "
+            "Name another folder, or leave it out."
+        )
+    if environment["data"]["sha256"] != splits.data.record()["sha256"]:
+        raise ValueError(
+            f"take_over: {beside} must hold a run on the same data, got {environment['data'].get('identity')}. "
+            "Name another folder, or leave it out."
+        )
+    origin = {"taken_from": {name: environment.get(name) for name in ("command", "commit", "device")}}
+    wanted = {(arm.name, network, seed) for seed, network, arm in order_of_work(config, arms) if arm.shared}
+    for record in records:
+        key = {name: record[name] for name in ("kind", "arm", "network", "seed")}
+        if (key["arm"], key["network"], key["seed"]) in wanted and folder.find(**key) is None:
+            folder.append(record | origin)
+
+
+def run(config: Config, experiment: Experiment, *, beside: Path | None = None) -> dict[str, Any]:
+    """Everything: compute what the folder does not hold yet, then table, figure and summary from its records.
+
+    Args:
+        config: What to compute.
+        experiment: Of which.
+        beside: A run of another experiment from which records of shared arms are taken first.
+    """
     check_config(config, experiment.name)
     console = Console()
     device = device_of(config.device, experiment.name)
@@ -403,6 +445,8 @@ def run(config: Config, experiment: Experiment) -> dict[str, Any]:
     epochs = epochs_of(config.epochs, config.train_images, len(splits.train))
     if epochs != config.epochs:
         console.print(f"Fewer images than asked for: {epochs} epochs instead of {config.epochs}, for as many updates.")
+    if beside is not None:
+        take_over(config, experiment.arms, folder, splits, beside)
     with make_progress(quiet=config.quiet) as progress:
         compute(replace(config, epochs=epochs), experiment.arms, folder, splits, progress)
     save_scales(folder, "network", experiment.method)

@@ -34,7 +34,7 @@ def summarise(
         claims: What is compared.
         of_histories: What the row of an arm says of its initialiser's histories, if it has any.
     """
-    summary: dict[str, Any] = {"networks": {}}
+    summary: dict[str, Any] = {"networks": {}, "taken": taken(records)}
     for network in dict.fromkeys(record["network"] for record in records):
         own = [record for record in records if record["network"] == network]
         rows = {arm: _row([r for r in own if r["arm"] == arm], of_histories) for arm in arms}
@@ -46,6 +46,18 @@ def summarise(
         ]
         summary["networks"][network] = {"arms": rows, "comparisons": comparisons}
     return summary
+
+
+def taken(records: Records) -> list[str]:
+    """A sentence for each run that records come from, other than this one."""
+    arms: dict[tuple[str, str, str], dict[str, None]] = {}  # in the order of the records
+    for record in records:
+        if (origin := record.get("taken_from")) is not None:
+            arms.setdefault((origin["command"], origin["commit"], origin["device"]), {})[record["arm"]] = None
+    return [
+        f"Taken from another run, with its seconds: {', '.join(names)} ({command}; commit {commit}; {device})."
+        for (command, commit, device), names in arms.items()
+    ]
 
 
 def _by_seed(row: dict[str, Any], key: str) -> dict[int, float]:
@@ -135,6 +147,8 @@ def print_tables(
             "init, train: seconds on this machine.",
             style="dim",
         )
+    for sentence in summary["taken"]:
+        console.print(sentence, style="dim", markup=False)
 
 
 def _range(values: Sequence[int]) -> str:

@@ -8,11 +8,12 @@ NIO's own options begin with --nio; --gamma, --eta, --steps and --meta-learning-
 ResNet-110, WRN-28-10 and DenseNet-100 are the paper's; VGG-19 and the small networks of `quick` are ours.
 
     python -m reproduce.nio_cifar10 [--preset smoke|quick|acc1|paper] [--data cifar100] [--data-dir FOLDER]
-        [--output FOLDER]
+        [--output FOLDER] [--beside FOLDER]
 """
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -32,6 +33,9 @@ class Config(cifar.Config):
 
     networks: tuple[str, ...] = ("resnet-8", "resnet-8-bn")
     """Names of common.networks, with -bn for BatchNorm."""
+    beside: Path | None = None
+    """Run folder of gradinit_cifar10 with the same settings on the same data: what it holds of its own initialisation,
+    GradInit, warm-up and MetaInit is taken from there."""
     nio_steps: int = 100
     """NIO: T, the released default."""
     nio_learning_rate: float = 1e-2
@@ -150,13 +154,13 @@ def epochs_worth(config: Config, by_example: bool, images: int) -> float:
 EXPERIMENT = Experiment(
     "nio_cifar10",
     (
-        Arm("own init", carries_claim=True),
+        Arm("own init", carries_claim=True, shared=True),
         Arm("NIO, examples", partial(by_nio, splits="examples"), carries_claim=True, independent_examples=True),
         Arm("NIO, sub-batches", by_nio, carries_claim=True),
-        Arm("GradInit", by_gradinit, carries_claim=True),
+        Arm("GradInit", by_gradinit, carries_claim=True, shared=True),
         Arm("own init, longer", extra_of=("NIO, examples", "NIO, sub-batches"), carries_claim=True),
-        Arm("own init, warm-up", warmup=True),
-        Arm("MetaInit", by_metainit),
+        Arm("own init, warm-up", warmup=True, shared=True),
+        Arm("MetaInit", by_metainit, shared=True),
     ),
     "nio, gradinit, metainit",
     summarise,
@@ -176,7 +180,7 @@ def check_config(config: Config) -> None:
 def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
-    return cifar.run(config, EXPERIMENT)
+    return cifar.run(config, EXPERIMENT, beside=config.beside)
 
 
 def main() -> None:

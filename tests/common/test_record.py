@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common import record as record_module
-from common.record import Run, device_name, open_run, write_environment
+from common.record import Run, device_name, open_run, read_run, write_environment
 from tests.conftest import ROOT
 
 CONFIG = {"learning_rate": 0.1, "widths": (3, 5), "data": {"name": "digits"}, "output": Path("here")}
@@ -239,6 +239,29 @@ def test_a_system_without_fcntl_has_no_locks(folder, monkeypatch):
     assert run.append({"epoch": 1}) == {"epoch": 1}
     assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl"}
     assert module.open_run("experiment", CONFIG, seed=3, output=folder).records == run.records
+
+
+def test_a_run_is_read_and_left_as_it_is_while_another_process_writes(folder):
+    run = reopen(folder)
+    write_environment(run, DATA, CPU)
+    run.append({"step": 1, "loss": 0.5})
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "lo')  # as a writer leaves it for a moment
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config, environment, records = read_run(folder)
+    assert config["widths"] == [3, 5]
+    assert environment["data"] == DATA
+    assert records == [{"step": 1, "loss": 0.5}]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("missing", ["config.json", "environment.json", "metrics.jsonl"])
+def test_what_is_no_run_is_not_read(folder, missing):
+    run = reopen(folder)
+    write_environment(run, DATA, CPU)
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"must be a run folder, got none with {missing}"):
+        read_run(folder)
 
 
 # ---------------------------------------------------------------------------------------------- what is written

@@ -80,6 +80,56 @@ def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path):
     assert records_of(folder) == records_of(complete[0])
 
 
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory) -> Path:
+    """A run of GradInit's experiment by the same settings, of one network."""
+    folder = tmp_path_factory.mktemp("beside") / "gradinit"
+    options = ("--data", "digits", "--networks", "resnet-8", "--output", str(folder))
+    done = commands.run_command("gradinit_cifar10", *options)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_what_another_run_has_of_shared_arms_is_taken_from_there(complete, beside, tmp_path):
+    folder = tmp_path / "run"
+    done = run_command("--data", "digits", "--beside", str(beside), "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    records = records_of(folder)
+    taken = [record for record in records if "taken_from" in record]
+    # the initialisation and training of two seeds of two arms, and of one seed of two; of the network that is there
+    assert len(taken) == 2 * (2 * 2 + 2)
+    assert {record["network"] for record in taken} == {"resnet-8"}
+    assert {record["arm"] for record in taken} == {"own init", "GradInit", "own init, warm-up", "MetaInit"}
+    assert taken[0]["taken_from"]["command"].startswith("gradinit_cifar10.py --preset smoke")
+    # the same numbers as without; GradInit's own experiment says more of its first seed
+    more = ("taken_from", "variance_before", "variance_after")
+    bare = [{name: value for name, value in record.items() if name not in more} for record in records]
+    assert sorted(map(json.dumps, bare)) == sorted(map(json.dumps, records_of(complete[0])))
+    said = " ".join(done.stdout.split())
+    assert "Taken from another run, with its seconds: own init, GradInit, own init, warm-up, MetaInit (" in said
+    assert "Taken from" not in complete[1]
+    again = run_command("--data", "digits", "--output", str(folder))  # resumed without it
+    assert again.returncode == 0, again.stderr
+    assert records_of(folder) == records
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--eta", "0.2", "--cutout", "4"], "the same settings, got other values of cutout, eta"),
+        (["--data", "noise"], "on the same data, got"),
+        (["--beside", "nowhere"], "nowhere must be a run folder, got none with config.json"),
+    ],
+    ids=["settings", "data", "no run"],
+)
+def test_a_run_of_something_else_is_refused(beside, tmp_path, change, message):
+    options = ["--data", "digits", "--beside", str(beside), "--output", str(tmp_path / "run"), *change]
+    done = run_command(*options)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert records_of(tmp_path / "run") == []
+
+
 def test_what_nio_costs_is_counted_by_form_and_overlap():
     config = replace(PRESETS["smoke"], nio_steps=9, nio_batch_size=60)
     # ten iterations of 60 examples: 12F in two passes, 9F where all is held; an epoch of 300 images is 900F
