@@ -66,18 +66,28 @@ def _torch_layer_norm(
     return _layer_norm(x, normalized_shape, weight, bias, eps)
 
 
-def _is_written_out(x: Tensor, *per_channel: Tensor | None) -> bool:
+def _is_written_out(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> bool:
     """Whether `common.normalisation` takes what torch would take: reverse mode, no transforms, no half precision."""
-    given = [leaf for leaf in per_channel if leaf is not None]
+    statistics = [leaf for leaf in (running_mean, running_var) if leaf is not None]
+    affine = [leaf for leaf in (weight, bias) if leaf is not None]
     return (
         torch.is_grad_enabled()
-        and any(leaf.requires_grad for leaf in (x, *given))
+        and any(leaf.requires_grad for leaf in (x, *affine))
+        and not any(leaf.requires_grad for leaf in statistics)
         and mapped_problems() is None
         and forward_ad._current_level < 0
         and x.dtype in (torch.float32, torch.float64)
         and x.ndim >= 2
         and x.numel() > x.shape[1]
-        and all(leaf.dtype == x.dtype and leaf.shape == x.shape[1:2] for leaf in given)
+        and all(leaf.dtype == x.dtype and leaf.shape == x.shape[1:2] for leaf in (*statistics, *affine))
+        and eps > 0
     )
 
 
@@ -91,8 +101,8 @@ def _batch_norm_to_second_order(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if training and _is_written_out(x, running_mean, running_var, weight, bias):
-        return batch_norm(x, running_mean, running_var, weight, bias, momentum or 0.0, eps)
+    if training and _is_written_out(x, running_mean, running_var, weight, bias, eps):
+        return batch_norm(x, running_mean, running_var, weight, bias, momentum, eps)
     return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
@@ -106,9 +116,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    # constants are no statistics to differentiate: torch's own formula is right
-    if not training or _is_written_out(x, running_mean, running_var, weight, bias):
-        return _batch_norm_to_second_order(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:  # constants, no statistics to differentiate: torch's own formula is right
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    if _is_written_out(x, running_mean, running_var, weight, bias, eps):
+        return batch_norm(x, running_mean, running_var, weight, bias, momentum, eps)
     axes = [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1]
     if count < 2:
@@ -122,18 +133,17 @@ def _batch_norm(
 
 
 @torch.no_grad()
-def _update_running(mean: Tensor, var: Tensor, x: Tensor, axes: list[int], momentum: float | None, count: int) -> None:
+def _update_running(mean: Tensor, var: Tensor, x: Tensor, axes: list[int], momentum: float, count: int) -> None:
     """The buffers' moving averages, with torch's unbiased variance: what the replaced kernel does besides."""
-    momentum = 0.0 if momentum is None else momentum
     mean.lerp_(x.mean(axes).to(mean.dtype), momentum)
     var.lerp_((x.var(axes, correction=0) * (count / (count - 1))).to(var.dtype), momentum)
 
 
-def _in_torchs_order(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _in_torchs_order(replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.batch_norm` of a replacement for `torch.nn.functional.batch_norm`."""
 
     def reordered(
-        x: Tensor,
+        input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
@@ -143,7 +153,7 @@ def _in_torchs_order(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]
         eps: float,
         cudnn_enabled: bool = True,
     ) -> Tensor:
-        return batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return replacement(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
     return reordered
 
@@ -516,6 +526,8 @@ def exact_derivatives(order: Literal[2, 3] = 3) -> Iterator[None]:
     Args:
         order: 3 for any order and mode. 2 for at most two reverse-mode derivatives (no vmap, no forward mode), for
             which layer and instance norm, and batch norm under transforms, may stay torch's own, which are faster.
+
+    A batch norm that was called outside of transforms is not to be differentiated under one that is entered after it.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64, requires_grad=True)

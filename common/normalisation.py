@@ -1,8 +1,9 @@
 r"""Batch norm whose second derivative is written out.
 
-Torch composes the second derivative of its fused batch norm of some sixty passes over the activations; in a deep
-network they take longer than all convolutions. Fifteen are enough. For one channel of M entries let ρ be the inverse
-deviation, x̂ = ρ (x − mean x), y = w x̂ + b, h the cotangent of y, and let a bar or an average run over the M entries:
+Torch composes the second derivative of its fused batch norm of more than fifty passes over the activations; in a deep
+network they can take as long as all convolutions. Fourteen are enough. For one channel of M entries let ρ be the
+inverse deviation, x̂ = ρ (x − mean x), y = w x̂ + b, h the cotangent of y, and let a bar or an average run over the M
+entries:
 
     g_x = ρ w (h − h̄ − δ x̂),   g_w = M δ,   g_b = M h̄,   δ = avg(h x̂).
 
@@ -36,7 +37,7 @@ def batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` by the batch's statistics: differentiable in reverse mode, to any order.
 
-    Not under transforms of torch.func, nor in forward mode.
+    Neither call nor derivatives may stand under transforms of torch.func, nor be taken in forward mode.
 
     Args:
         x: (n, channels, …) in float32 or float64, with more than one value a channel.
@@ -45,7 +46,7 @@ def batch_norm(
         weight: (channels,). None: one.
         bias: (channels,). None: zero.
         momentum: By how much of the way the running statistics move.
-        eps: Added to the variance.
+        eps: Added to the variance; positive.
     """
     weight = x.new_ones(x.shape[1]) if weight is None else weight
     return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)  # pyright: ignore[reportReturnType]

@@ -1,5 +1,6 @@
 """The written-out batch norm: torch's values, finite differences to the third order, where it is taken; mutants die."""
 
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -97,7 +98,35 @@ def check_torch(case: str, module) -> None:
     assert_close(last, expected, rtol=1e-9, atol=1e-9)
 
 
-CHECKS = [partial(check, case) for check in (check_torch, check_differences) for case in ("images", "sequences")]
+def check_constants(case: str, module) -> None:
+    """Where the input, or the output's gradient, is a constant, the rest is as torch has it."""
+    leaves, eps = inputs(case)
+    random = torch.Generator().manual_seed(3)
+    x, w, b = leaves["x"], leaves["w"], leaves["b"]
+    a, c = torch.randn(x.shape, generator=random), torch.randn(w.shape, generator=random)
+
+    def second(norm, loss, x: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(loss(norm(x)), [w, b], create_graph=True)
+        return torch.autograd.grad((first[0].square() * c).sum() + first[1].sin().sum(), wanted)
+
+    def torchs(x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, w, b, True, 0.1, eps)
+
+    def mine(x: Tensor) -> Tensor:
+        return module.batch_norm(x, None, None, w, b, 0.1, eps)
+
+    for loss, inner, wanted in (
+        (lambda y: (a * y.sin()).sum(), x.detach(), [w, b]),
+        (lambda y: (a * y).sum(), x, [x]),
+    ):
+        assert_close(second(mine, loss, inner, wanted), second(torchs, loss, inner, wanted), rtol=1e-9, atol=1e-9)
+
+
+CHECKS = [
+    partial(check, case)
+    for check in (check_torch, check_differences, check_constants)
+    for case in ("images", "sequences")
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,9 +139,16 @@ def test_three_orders_agree_with_finite_differences(case):
     check_differences(case, module)
 
 
+@pytest.mark.parametrize("case", ["rows", "sequences", "images", "volumes"])
+def test_constants_have_no_gradient_and_take_none_from_others(case):
+    check_constants(case, module)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
+        ("if ctx.needs_input_grad[0]:", "if ctx.needs_input_grad[1]:"),
+        ("if ctx.needs_input_grad[1]:", "if ctx.needs_input_grad[0]:"),
         ("beta = v.mean(axes), g_b / M, g_w / M, (v * x_hat)", "beta = v.mean(axes), g_b / M, g_w / M, (v * x)"),
         ("- v_mean * h_mean", "+ v_mean * h_mean"),
         ("- v_mean * h_mean", ""),
@@ -201,8 +237,52 @@ def test_it_is_not_taken_elsewhere(order, generator, monkeypatch):
         norm(x[0].to(half))
     assert not used
     layer.double()
+    layer.requires_grad_(False)
+    norm(x[0])  # nothing to differentiate in
+    assert not used
+    layer.requires_grad_(True)
     norm(x[0])
     assert used
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eps": -1.0}, "eps"),
+        ({"input": torch.tensor([1.0, 2.0])}, "0 elements not 3"),
+        ({"weight": torch.ones(3, dtype=torch.float32)}, "dtype|scalar type"),
+        ({"weight": torch.ones(2, dtype=torch.float64)}, "3 elements|must match"),
+        ({"running_mean": torch.zeros(3, dtype=torch.float64, requires_grad=True)}, "not differentiable|require"),
+        ({"input": torch.ones(1, 3, dtype=torch.float64)}, "more than (1|one) value"),
+    ],
+    ids=["eps", "a vector", "another dtype", "another size", "a learned statistic", "one value"],
+)
+def test_what_torch_refuses_is_left_to_torch(order, change, message, generator, monkeypatch):
+    used = []
+    monkeypatch.setattr(exact, "batch_norm", lambda *inputs: used.append(True) or module.batch_norm(*inputs))
+    options = {
+        "input": torch.randn(5, 3, generator=generator), "running_mean": torch.zeros(3), "running_var": torch.ones(3),
+        "weight": torch.ones(3), "bias": torch.zeros(3), "training": True, "eps": 1e-5,
+    } | change  # fmt: skip
+    options["input"] = options["input"].clone().requires_grad_()
+    with exact_derivatives(order):
+        if order == 2:
+            with pytest.raises((ValueError, RuntimeError, IndexError), match=message):
+                F.batch_norm(**options)
+        else:  # primitives, which can do more
+            with suppress(ValueError, RuntimeError, IndexError):
+                F.batch_norm(**options)
+    assert not used
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_torchs_own_names_of_the_arguments_may_be_used(order, generator):
+    x = torch.randn(5, 3, generator=generator, requires_grad=True)
+    options = {"weight": torch.ones(3), "bias": None, "running_mean": None, "running_var": None, "training": True}
+    with exact_derivatives(order):
+        y = torch.batch_norm(input=x, **options, momentum=0.1, eps=1e-5, cudnn_enabled=False)
+    assert is_taken(y)
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -212,14 +292,3 @@ def test_running_statistics_are_used_in_evaluation(order, generator):
         y = layer(x)
     assert not is_taken(y)
     assert_close(y, layer(x))
-
-
-@pytest.mark.parametrize(("shape", "weight"), [((1, 3), 3), ((5, 3), 2)], ids=["one value", "wrong size"])
-def test_what_torch_refuses_stays_refused(shape, weight, generator):
-    x, w = torch.randn(shape, generator=generator, requires_grad=True), torch.ones(weight)
-    for order in (2, 3):
-        with (
-            exact_derivatives(order),
-            pytest.raises((ValueError, RuntimeError), match=r"more than (1|one) value|3 elements|must match"),
-        ):
-            F.batch_norm(x, None, None, w, None, True).sum()
