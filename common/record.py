@@ -107,8 +107,12 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
     return Run(folder, _whole_lines(folder / "metrics.jsonl"), lock)
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+def read_run(folder: Path, caller: str) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Configuration, environment and records of a run folder, which is left as it is; another process may be at work.
+
+    Args:
+        folder: As `open_run` made it.
+        caller: For messages.
 
     Raises:
         ValueError: It holds no run that has begun to compute, or is damaged.
@@ -117,14 +121,16 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[st
     for path in (config, environment, metrics):
         if not path.is_file():
             raise ValueError(
-                f"read_run: {folder} must be a run folder, got none with {path.name}. Name another folder."
+                f"{caller}: {folder} must be a run folder, got none with {path.name}. Name another folder."
             )
-    records = _records(metrics, metrics.read_bytes())
-    return _read_object(config, config.read_bytes()), _read_object(environment, environment.read_bytes()), records
+    begun, on = (_read_object(path, path.read_bytes(), caller) for path in (config, environment))
+    return begun, on, _records(metrics, metrics.read_bytes(), caller)
 
 
 def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -> None:
-    """`environment.json`: enough to know what a number was measured on. A run that is resumed keeps its first.
+    """`environment.json`: enough to know what a number was measured on.
+
+    A run that is resumed keeps its first, and adds under `resumed` on what it goes on, where that is something else.
 
     Args:
         run: Where to write.
@@ -135,27 +141,26 @@ def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -
         ValueError: The run is resumed on other data than it was begun with.
     """
     path = run.folder / "environment.json"
-    if path.exists():
-        begun = _read_object(path, path.read_bytes())["data"]
-        # the content alone: the same images may come from the hub at first and from its cache later
-        if begun["sha256"] != data["sha256"]:
-            raise ValueError(
-                f"write_environment: a run must be resumed on the data it was begun with, {begun.get('identity')}, "
-                f"got {data.get('identity')}. Name the same data, or give another folder."
-            )
+    now = {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "commit": _commit(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    if not path.exists():
+        _write_json(path, {"data": data} | now | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])})
         return
-    _write_json(
-        path,
-        {
-            "data": data,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-            "commit": _commit(),
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        },
-    )
+    begun = _read_object(path, path.read_bytes(), "write_environment")
+    # the content alone: the same images may come from the hub at first and from its cache later
+    if begun["data"]["sha256"] != data["sha256"]:
+        raise ValueError(
+            f"write_environment: a run must be resumed on the data it was begun with, {begun['data'].get('identity')}, "
+            f"got {data.get('identity')}. Name the same data, or give another folder."
+        )
+    last = begun.get("resumed", [begun])[-1]
+    if any(last.get(name) != value for name, value in now.items()):
+        _write_json(path, begun | {"resumed": [*begun.get("resumed", []), now]})
 
 
 def as_recorded(value: float) -> float | str:
@@ -204,9 +209,10 @@ def _check_resumable(folder: Path, wanted: Mapping[str, Any]) -> None:
     """A run of that configuration, or nothing yet."""
     path = folder / "config.json"
     if path.exists():
-        found = _read_object(path, path.read_bytes())
+        found = _read_object(path, path.read_bytes(), "open_run")
         if found != wanted and not _is_without_work(folder):
-            differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            names, absent = found.keys() | wanted.keys(), object()
+            differing = sorted(name for name in names if found.get(name, absent) != wanted.get(name, absent))
             raise ValueError(
                 f"open_run: {folder} must hold a run with the same configuration to be resumed, got other values of "
                 f"{', '.join(differing)}. Give another folder, or repeat the options of the run that is there."
@@ -281,15 +287,15 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     whole = text.rfind(b"\n") + 1
     if whole < len(text):
         os.truncate(path, whole)
-    return _records(path, text)
+    return _records(path, text, "open_run")
 
 
-def _records(path: Path, text: bytes) -> list[dict[str, Any]]:
+def _records(path: Path, text: bytes, caller: str) -> list[dict[str, Any]]:
     """Of the file's whole lines."""
-    return [_read_object(path, line, number) for number, line in enumerate(text.split(b"\n")[:-1], start=1)]
+    return [_read_object(path, line, caller, number) for number, line in enumerate(text.split(b"\n")[:-1], start=1)]
 
 
-def _read_object(path: Path, text: bytes, line: int | None = None) -> dict[str, Any]:
+def _read_object(path: Path, text: bytes, caller: str, line: int | None = None) -> dict[str, Any]:
     """The object that the text, a line of the file or all of it, was written from.
 
     Raises:
@@ -302,7 +308,7 @@ def _read_object(path: Path, text: bytes, line: int | None = None) -> dict[str, 
     if not isinstance(value, dict):
         where = path if line is None else f"line {line} of {path}"
         raise ValueError(
-            f"open_run: {where} must be a JSON object as it was written, got {text[:40]!r}. The file is damaged: mend "
+            f"{caller}: {where} must be a JSON object as it was written, got {text[:40]!r}. The file is damaged: mend "
             "it or take it out, or give another folder."
         )
     return value

@@ -383,38 +383,46 @@ def check_config(config: Config, caller: str) -> None:
             make(network, 10)
 
 
-def take_over(config: Config, arms: Sequence[Arm], folder: Run, splits: Splits, beside: Path) -> None:
-    """Records that another experiment's run has of shared arms, into this run's, each with where it comes from.
+def take_over(arms: Sequence[Arm], work: Sequence[tuple[int, str, Arm]], folder: Run, beside: Path) -> None:
+    """What another experiment's run has of shared arms, into this run's records, each with where it comes from.
 
     Args:
-        config: The numbers must depend on the same settings there.
         arms: Of this experiment.
-        folder: This run; what it holds already stays.
-        splits: The data must be the same there.
+        work: What this run is to compute. After an initialisation of its own, no other's training is taken.
+        folder: This run.
         beside: The other run's folder, which may still be at work.
 
     Raises:
         ValueError: No run folder, other settings or other data.
     """
-    theirs, environment, records = read_run(beside)
+    ours, on, _ = read_run(folder.folder, "take_over")
+    theirs, environment, records = read_run(beside, "take_over")
     free = {"preset", "data", "data_dir", "output", "device", "quiet", "networks", "seeds"}
     shared = {field.name for field in fields(Config)} - free
-    if differing := sorted(name for name in shared if theirs.get(name) != getattr(config, name)):
+    if differing := sorted(name for name in shared if name not in theirs or theirs[name] != ours[name]):
         raise ValueError(
             f"take_over: {beside} must hold a run with the same settings, got other values of {', '.join(differing)}. "
             "Name another folder, or leave it out."
         )
-    if environment["data"]["sha256"] != splits.data.record()["sha256"]:
+    data = environment.get("data", {})
+    if data.get("sha256") != on["data"]["sha256"]:
         raise ValueError(
-            f"take_over: {beside} must hold a run on the same data, got {environment['data'].get('identity')}. "
+            f"take_over: {beside} must hold a run on the same data, got {data.get('identity')}. "
             "Name another folder, or leave it out."
         )
-    origin = {"taken_from": {name: environment.get(name) for name in ("command", "commit", "device")}}
-    wanted = {(arm.name, network, seed) for seed, network, arm in order_of_work(config, arms) if arm.shared}
-    for record in records:
-        key = {name: record[name] for name in ("kind", "arm", "network", "seed")}
-        if (key["arm"], key["network"], key["seed"]) in wanted and folder.find(**key) is None:
-            folder.append(record | origin)
+    places = [environment, *environment.get("resumed", [])]
+    computed_on = [{name: place.get(name) for name in ("commit", "device")} for place in places]
+    origin = {"taken_from": {"command": environment.get("command"), "computed_on": computed_on}}
+    for seed, network, arm in work:
+        key = {"network": network, "arm": arm.name, "seed": seed}
+        found = {r.get("kind"): r for r in records if all(r.get(name) == value for name, value in key.items())}
+        if not arm.shared or "initialisation" not in found:
+            continue
+        start = folder.find(kind="initialisation", **key) or folder.append(origin | found["initialisation"])
+        is_theirs = "taken_from" in start and start.get("scales") == found["initialisation"].get("scales")
+        if is_theirs and "training" in found and folder.find(kind="training", **key) is None:
+            folder.append(origin | found["training"])
+            checkpoint_of(folder, arms, **key).unlink(missing_ok=True)
 
 
 def run(config: Config, experiment: Experiment, *, beside: Path | None = None) -> dict[str, Any]:
@@ -445,10 +453,11 @@ def run(config: Config, experiment: Experiment, *, beside: Path | None = None) -
     epochs = epochs_of(config.epochs, config.train_images, len(splits.train))
     if epochs != config.epochs:
         console.print(f"Fewer images than asked for: {epochs} epochs instead of {config.epochs}, for as many updates.")
+    work = list(order_of_work(config, experiment.arms))
     if beside is not None:
-        take_over(config, experiment.arms, folder, splits, beside)
+        take_over(experiment.arms, work, folder, beside)
     with make_progress(quiet=config.quiet) as progress:
-        compute(replace(config, epochs=epochs), experiment.arms, folder, splits, progress)
+        compute(replace(config, epochs=epochs), experiment.arms, work, folder, splits, progress)
     save_scales(folder, "network", experiment.method)
     environment = {"data": splits.data.identity, "device": device_name(device), "schedule": config.schedule}
     summary = experiment.summarise(folder.records, [arm.name for arm in experiment.arms]) | environment
@@ -475,9 +484,20 @@ def order_of_work(config: Config, arms: Sequence[Arm]) -> Iterator[tuple[int, st
                         yield seed, network, arm
 
 
-def compute(config: Config, arms: Sequence[Arm], folder: Run, splits: Splits, progress: Progress) -> None:
+def checkpoint_of(folder: Run, arms: Sequence[Arm], network: str, arm: str, seed: int) -> Path:
+    """What a training that is not whole has learnt so far."""
+    return folder.folder / f"{network}-{[each.name for each in arms].index(arm)}-{seed}.checkpoint"
+
+
+def compute(
+    config: Config,
+    arms: Sequence[Arm],
+    work: Sequence[tuple[int, str, Arm]],
+    folder: Run,
+    splits: Splits,
+    progress: Progress,
+) -> None:
     """Each unit of work is a function of the configuration, recorded when it is whole: so a run can be resumed."""
-    work = list(order_of_work(config, arms))
     bar = progress.add_task("starting", total=float(len(work)))
     for done, (seed, network, arm) in enumerate(work):
         key = {"network": network, "arm": arm.name, "seed": seed}
@@ -493,7 +513,7 @@ def compute(config: Config, arms: Sequence[Arm], folder: Run, splits: Splits, pr
         if "failed" not in start and folder.find(kind="training", **key) is None:
             others = [folder.find(kind="initialisation", network=network, arm=a, seed=seed) for a in arm.extra_of]
             extra = extra_epochs([other.get("epochs_worth", 0.0) for other in others if other])
-            checkpoint = folder.folder / f"{network}-{arms.index(arm)}-{seed}.checkpoint"
+            checkpoint = checkpoint_of(folder, arms, **key)
             epochs = config.epochs + extra
             tick = lambda _, epochs=epochs: progress.advance(bar, 0.5 / epochs)  # noqa: E731
             record = run_training(config, network, arm, seed, splits, start, extra, checkpoint, tick)

@@ -34,7 +34,7 @@ def summarise(
         claims: What is compared.
         of_histories: What the row of an arm says of its initialiser's histories, if it has any.
     """
-    summary: dict[str, Any] = {"networks": {}, "taken": taken(records)}
+    summary: dict[str, Any] = {"networks": {}}
     for network in dict.fromkeys(record["network"] for record in records):
         own = [record for record in records if record["network"] == network]
         rows = {arm: _row([r for r in own if r["arm"] == arm], of_histories) for arm in arms}
@@ -44,19 +44,23 @@ def summarise(
             for key, arm, other, what in claims
             if arm in begun
         ]
-        summary["networks"][network] = {"arms": rows, "comparisons": comparisons}
+        summary["networks"][network] = {"arms": rows, "comparisons": comparisons, "taken": taken(own)}
     return summary
 
 
 def taken(records: Records) -> list[str]:
-    """A sentence for each run that records come from, other than this one."""
-    arms: dict[tuple[str, str, str], dict[str, None]] = {}  # in the order of the records
+    """A sentence for each run that trainings come from, other than this one."""
+    arms: dict[str, dict[str, list[str]]] = {}  # in the order of the records
     for record in records:
-        if (origin := record.get("taken_from")) is not None:
-            arms.setdefault((origin["command"], origin["commit"], origin["device"]), {})[record["arm"]] = None
+        if record["kind"] == "training" and (origin := record.get("taken_from")) is not None:
+            places = ", ".join(f"commit {place['commit']} on {place['device']}" for place in origin["computed_on"])
+            of_run = arms.setdefault(f"{origin['command']} ({places})", {})
+            of_run.setdefault(record["arm"], []).append(str(record["seed"]))
     return [
-        f"Taken from another run, with its seconds: {', '.join(names)} ({command}; commit {commit}; {device})."
-        for (command, commit, device), names in arms.items()
+        f"Taken with its seconds from another run, {run}: "
+        + "; ".join(f"{arm}, seed {' and '.join(seeds)}" for arm, seeds in of_run.items())
+        + "."
+        for run, of_run in arms.items()
     ]
 
 
@@ -147,8 +151,8 @@ def print_tables(
             "init, train: seconds on this machine.",
             style="dim",
         )
-    for sentence in summary["taken"]:
-        console.print(sentence, style="dim", markup=False)
+        for sentence in result["taken"]:
+            console.print(sentence, style="dim", markup=False, highlight=False)
 
 
 def _range(values: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from typing import Any, TextIO, TypeVar
 
 import torch
@@ -82,9 +82,9 @@ def begin(experiment: str, config: Any, console: Console) -> Run:
     The numbers in it do not depend on where data and folder are, nor on `quiet`, nor on how many `processes` share the
     work (a run that was cut off for want of memory goes on with fewer), nor on the run `beside` that has some of them.
     """
-    free = {"data_dir": None, "output": None, "quiet": False, "processes": 1, "beside": None}
-    free = {field.name: free[field.name] for field in fields(config) if field.name in free}
-    folder = open_run(experiment, asdict(replace(config, **free)), seed=0, output=config.output)
+    free = {"data_dir": None, "output": None, "quiet": False, "processes": 1}
+    settings = {name: free.get(name, value) for name, value in asdict(config).items() if name != "beside"}
+    folder = open_run(experiment, settings, seed=0, output=config.output)
     hub = "; from the hub this may take a minute the first time" if may_ask_hub(config.data) else ""
     console.print(f"Loading data ({config.data}){hub}.", markup=False)
     return folder

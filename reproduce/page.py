@@ -277,6 +277,8 @@ def footer_of(environment: Mapping[str, Any]) -> dict[str, str]:
         "Commit": environment.get("commit"),
         "Platform": environment.get("platform"),
     }
+    if again := environment.get("resumed"):
+        found["Resumed"] = "; ".join(f"commit {entry['commit']} on {entry['device']}" for entry in again)
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -85,6 +85,12 @@ def test_another_configuration_is_refused_by_the_names_that_differ(folder):
     assert reopen(folder).records == [{"epoch": 1}]
 
 
+def test_a_name_that_one_configuration_lacks_is_named(folder):
+    reopen(folder, more=None).append({"step": 1})
+    with pytest.raises(ValueError, match="other values of more"):
+        reopen(folder)
+
+
 def test_before_anything_is_computed_another_configuration_begins_anew(folder):
     write_environment(reopen(folder, model="resnt18", extra=1), DATA, CPU)
     run = reopen(folder, model="resnet18")
@@ -248,7 +254,7 @@ def test_a_run_is_read_and_left_as_it_is_while_another_process_writes(folder):
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 2, "lo')  # as a writer leaves it for a moment
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    config, environment, records = read_run(folder)
+    config, environment, records = read_run(folder, "test")
     assert config["widths"] == [3, 5]
     assert environment["data"] == DATA
     assert records == [{"step": 1, "loss": 0.5}]
@@ -260,8 +266,8 @@ def test_what_is_no_run_is_not_read(folder, missing):
     run = reopen(folder)
     write_environment(run, DATA, CPU)
     (folder / missing).unlink()
-    with pytest.raises(ValueError, match=f"must be a run folder, got none with {missing}"):
-        read_run(folder)
+    with pytest.raises(ValueError, match=f"test: .* must be a run folder, got none with {missing}"):
+        read_run(folder, "test")
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -318,6 +324,22 @@ def test_the_environment_says_what_was_measured_on(folder):
     assert environment["data"] == DATA
     assert {"python", "torch", "numpy", "safetensors"} <= environment["versions"].keys()
     assert environment["device"] == device_name(CPU) != ""
+
+
+def test_a_run_that_is_resumed_elsewhere_says_so(folder, monkeypatch):
+    run = reopen(folder)
+    write_environment(run, DATA, CPU)
+    first = json.loads((folder / "environment.json").read_text("utf-8"))
+    write_environment(run, DATA, CPU)
+    assert json.loads((folder / "environment.json").read_text("utf-8")) == first
+    for commit in ("c1", "c1", "c2"):
+        monkeypatch.setattr(record_module, "_commit", lambda commit=commit: commit)
+        write_environment(run, DATA, CPU)
+    environment = json.loads((folder / "environment.json").read_text("utf-8"))
+    resumed = environment.pop("resumed")
+    assert environment == first
+    assert [entry["commit"] for entry in resumed] == ["c1", "c2"]
+    assert resumed[0] | {"commit": first["commit"]} == {name: first[name] for name in resumed[0]}
 
 
 def test_a_run_is_not_resumed_on_other_data(folder):

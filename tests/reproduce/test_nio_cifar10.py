@@ -106,8 +106,9 @@ def test_what_another_run_has_of_shared_arms_is_taken_from_there(complete, besid
     bare = [{name: value for name, value in record.items() if name not in more} for record in records]
     assert sorted(map(json.dumps, bare)) == sorted(map(json.dumps, records_of(complete[0])))
     said = " ".join(done.stdout.split())
-    assert "Taken from another run, with its seconds: own init, GradInit, own init, warm-up, MetaInit (" in said
-    assert "Taken from" not in complete[1]
+    assert said.count("Taken with its seconds from another run, gradinit_cifar10.py --preset smoke") == 1
+    assert "own init, seed 0 and 1; GradInit, seed 0 and 1; own init, warm-up, seed 0; MetaInit, seed 0." in said
+    assert "Taken with" not in complete[1]
     again = run_command("--data", "digits", "--output", str(folder))  # resumed without it
     assert again.returncode == 0, again.stderr
     assert records_of(folder) == records
