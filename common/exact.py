@@ -91,35 +91,38 @@ def _is_written_out(
     )
 
 
-def _batch_norm_to_second_order(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if training and _is_written_out(x, running_mean, running_var, weight, bias, eps):
-        return batch_norm(x, running_mean, running_var, weight, bias, momentum, eps)
-    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+def _written_out_or(otherwise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Batch norm by `common.normalisation` where it can be, and elsewhere by `otherwise`."""
+
+    def norm(
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if training and _is_written_out(input, running_mean, running_var, weight, bias, eps):
+            return batch_norm(input, running_mean, running_var, weight, bias, momentum, eps)
+        return otherwise(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return norm
 
 
 def _batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Tensor:
     if not training:  # constants, no statistics to differentiate: torch's own formula is right
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-    if _is_written_out(x, running_mean, running_var, weight, bias, eps):
-        return batch_norm(x, running_mean, running_var, weight, bias, momentum, eps)
     axes = [0, *range(2, x.ndim)]
     count = x.numel() // x.shape[1]
     if count < 2:
@@ -465,8 +468,8 @@ def _recurrent(kind: str) -> Callable:
 _REPLACEMENTS: dict[Callable, Callable] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _torch_layer_norm,
-    F.batch_norm: _batch_norm,
-    torch.batch_norm: _in_torchs_order(_batch_norm),
+    F.batch_norm: _written_out_or(_batch_norm),
+    torch.batch_norm: _in_torchs_order(_written_out_or(_batch_norm)),
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
@@ -500,8 +503,8 @@ _RIGHT_TO_SECOND = {F.layer_norm, torch.layer_norm, F.instance_norm, torch.insta
 _OF_ORDER: dict[int, dict[Callable, Callable]] = {
     2: {native: ours for native, ours in _REPLACEMENTS.items() if native not in _RIGHT_TO_SECOND}
     | {
-        F.batch_norm: _batch_norm_to_second_order,
-        torch.batch_norm: _in_torchs_order(_batch_norm_to_second_order),
+        F.batch_norm: _written_out_or(F.batch_norm),
+        torch.batch_norm: _in_torchs_order(_written_out_or(F.batch_norm)),
     },
     3: _REPLACEMENTS,
 }
