@@ -199,8 +199,8 @@ def group_gradients(
         `{name: (groups, *shape of the parameter)}`.
 
     Raises:
-        ValueError: An unknown mode, no group, an empty one, groups of different sizes under `"vmap"`, a batch without
-            a common first dimension, or a loss of the wrong shape.
+        ValueError: An unknown mode, no group, an empty one or one beyond the batch, groups of different sizes under
+            `"vmap"`, a batch without a common first dimension, or a loss of the wrong shape.
 
     Example:
         >>> loss = lambda theta, x: (theta["w"] * x).square().mean()
@@ -213,6 +213,8 @@ def group_gradients(
         raise ValueError(f"group_gradients: `chunk_size` must be at least 1, got {chunk_size}.")
     length = length_of(batch, "group_gradients", "A gradient an example or group needs tensors that can be split.")
     groups = [slice(k, k + 1) for k in range(length)] if groups is None else [_plain(k, length) for k in groups]
+    if beyond := [k for k in groups if isinstance(k, slice) and k.stop is not None and k.stop > length]:
+        raise ValueError(f"group_gradients: groups must lie in the batch of {length} examples, got {beyond[0]}.")
     sizes = [len(range(length)[k]) if isinstance(k, slice) else len(k) for k in groups]
     if not sizes or 0 in sizes:
         raise ValueError(f"group_gradients: every group must hold an example, got groups of sizes {sizes}.")
@@ -225,7 +227,7 @@ def group_gradients(
         still = {name: leaf for name, leaf in params.items() if name not in moving}
     of_moving = (lambda theta, batch: loss(still | theta, batch)) if still else loss
     if mode == "shared":
-        return _shared(of_moving, moving, batch, groups, chunk_size)
+        return _shared(of_moving, moving, batch, groups, chunk_size, length)
     equal = len(set(sizes)) == 1
     if mode == "vmap" and not equal:
         raise ValueError(
@@ -238,8 +240,8 @@ def group_gradients(
     if mode == "auto" and equal and len(groups) > 1 and not is_known:
         try:
             return _vmapped(of_moving, moving, batch, groups, chunk_size)
-        except RuntimeError:  # no batching rule, or control flow on data; what else is wrong the loop raises again
-            failed = True
+        except RuntimeError as error:  # no batching rule, or control flow on data; the loop raises what else is wrong
+            failed = not isinstance(error, torch.OutOfMemoryError)  # which a smaller batch need not meet
     by_loop = _stacked([gradient(of_moving, moving, map_tensors(lambda leaf, k=k: leaf[k], batch)) for k in groups])
     if failed and isinstance(underlying, FunctionType):  # what pure_loss makes; others may not take a weak reference
         _UNMAPPABLE.add(underlying)
@@ -287,12 +289,14 @@ def _vmapped(loss: PureLoss, params: Params, batch: Batch, groups: Sequence[Grou
         return torch.func.vmap(of_group, randomness="same", chunk_size=chunk_size)(*stacks)
 
 
-def _shared(loss: PureLoss, params: Params, batch: Batch, groups: Sequence[Group], chunk_size: int | None) -> Params:
+def _shared(
+    loss: PureLoss, params: Params, batch: Batch, groups: Sequence[Group], chunk_size: int | None, length: int
+) -> Params:
     def means(theta: Params) -> Tensor:
         values = loss(theta, batch)
-        if values.ndim != 1:
+        if values.shape != (length,):
             raise ValueError(
-                "group_gradients: for mode='shared' the loss must return one value an example, shape (batch,), got "
+                f"group_gradients: for mode='shared' the loss must return one value an example, shape ({length},), got "
                 f"shape {tuple(values.shape)}. Use reduction='none', and a mean over any further dimensions."
             )
         return torch.stack([values[k].mean() for k in groups])

@@ -6,6 +6,7 @@ An experiment is a name, its arms and its report; everything is recorded unit by
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -295,7 +296,7 @@ def by_lsuv(model: nn.Module, start: Start) -> dict[str, Any]:
 
 def epochs_worth(config: Config, history: list[dict[str, float]], recipe: Recipe, splits: Splits) -> float:
     """What GradInit cost in epochs of training, by arithmetic: forward passes an example, of which training takes 3."""
-    objective = {"lazy": (6, 12), "nested": (6, 15), "finite_difference": (6, 9)}[config.engine][config.exact]
+    objective = {"lazy": (6, 12), "nested": (9, 15), "finite_difference": (6, 9)}[config.engine][config.exact]
     foreseen, surprise = {"lazy": (9, 11), "nested": (12, 12), "finite_difference": (6, 6)}[config.engine]
     total, expected = 0.0, 0.0
     for entry in history:
@@ -375,6 +376,8 @@ def check_config(config: Config, caller: str) -> None:
             raise ValueError(f"{caller}: `{name}` must be positive, got {getattr(config, name)}.")
     if config.cutout < 0:
         raise ValueError(f"{caller}: `cutout` must be 0 or more pixels, got {config.cutout}.")
+    if not config.networks:
+        raise ValueError(f"{caller}: `networks` must name one or more, got none.")
     device_of(config.device, caller)
     for network in config.networks:
         if recipe_of(config, network).batch_size % 2:
@@ -425,25 +428,30 @@ def take_over(arms: Sequence[Arm], work: Sequence[tuple[int, str, Arm]], folder:
             checkpoint_of(folder, arms, **key).unlink(missing_ok=True)
 
 
-def run(config: Config, experiment: Experiment, *, beside: Path | None = None) -> dict[str, Any]:
+def run(
+    config: Config, experiment: Experiment, *, beside: Path | None = None, largest_batch: int = 1
+) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records.
 
     Args:
         config: What to compute.
         experiment: Of which.
         beside: A run of another experiment from which records of shared arms are taken first.
+        largest_batch: Of the experiment's own arms.
     """
     check_config(config, experiment.name)
     console = Console()
     device = device_of(config.device, experiment.name)
     folder = begin(experiment.name, config, console)
+    recipes = [recipe_of(config, network) for network in config.networks]
+    sizes = [(recipe.batch_size, recipe.training_batch_size) for recipe in recipes]
     splits = prepare(
         config.data,
         data_dir=config.data_dir,
         train=config.train_images,
         validation=0,
         test=config.test_images,
-        batch_size=max(recipe_of(config, network).training_batch_size for network in config.networks),
+        batch_size=max(largest_batch, config.metainit_batch_size, *chain.from_iterable(sizes)),
         device=device,
         caller=experiment.name,
     )
@@ -512,7 +520,11 @@ def compute(
         progress.update(bar, description=f"{network}, {arm.name}, seed {seed}: train")
         if "failed" not in start and folder.find(kind="training", **key) is None:
             others = [folder.find(kind="initialisation", network=network, arm=a, seed=seed) for a in arm.extra_of]
-            extra = extra_epochs([other.get("epochs_worth", 0.0) for other in others if other])
+            costs = [other["epochs_worth"] for other in others if other and "epochs_worth" in other]
+            if arm.extra_of and not costs:  # every method failed: there is no cost to make up for
+                progress.update(bar, completed=done + 1.0)
+                continue
+            extra = extra_epochs(costs)
             checkpoint = checkpoint_of(folder, arms, **key)
             epochs = config.epochs + extra
             tick = lambda _, epochs=epochs: progress.advance(bar, 0.5 / epochs)  # noqa: E731

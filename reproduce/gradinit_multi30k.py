@@ -515,11 +515,9 @@ def compute(config: Config, folder: Run, corpus: Corpus, device: torch.device, p
             tick = lambda _: progress.advance(bar, 0.2 / config.steps)  # noqa: E731
             record = run_initialisation(config, arm, optimizer, seed, corpus, device, tick)
             start = folder.append({"kind": "initialisation"} | key | record)
-        if "failed" not in start:
-            extra = 0
-            if arm.extra:
-                cost = folder.find(kind="initialisation", optimizer=optimizer, arm=WITH_GRADINIT, seed=seed) or {}
-                extra = extra_updates(config, cost.get("updates_worth", 0.0))
+        cost = folder.find(kind="initialisation", optimizer=optimizer, arm=WITH_GRADINIT, seed=seed) or {}
+        if "failed" not in start and not (arm.extra and "failed" in cost):  # which leaves no cost to make up for
+            extra = extra_updates(config, cost["updates_worth"]) if arm.extra else 0
             whole_grid = seed == 0 and (arm.on_grid or config.whole_grid)
             rates = rates_of(config, optimizer) if whole_grid else repeated(best, optimizer, arm)
             trained = []

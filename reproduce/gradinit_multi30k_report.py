@@ -159,10 +159,8 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
             cost, extra = mean_and_deviation(worth)[0], result["arms"].get("Post-LN, longer", {}).get("extra_updates")
             given = f"; 'longer' is given {extra}, whole intervals between validations" if extra else ""
             console.print(f"GradInit's arithmetic is that of {cost:.0f} more updates{given}.", highlight=False)
-        edge = [
-            arm for arm, row in result["arms"].items()
-            if len(row["grid"]) > 1 and row["learning_rate"] in (row["grid"][0][0], row["grid"][-1][0])
-        ]  # fmt: skip
+        grids = {arm: row for arm, row in result["arms"].items() if len(row["grid"]) > 1 and _trained(row)}
+        edge = [arm for arm, row in grids.items() if row["learning_rate"] in (row["grid"][0][0], row["grid"][-1][0])]
         if edge:
             console.print(f"Best at an edge of the grid, and maybe beyond it: {'; '.join(edge)}.", highlight=False)
         for arm, row in result["arms"].items():
@@ -171,7 +169,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
                 for rate, loss, failed in row["grid"]
             )
             console.print(f"{arm}: {grid}" if grid else f"{arm}: nothing trained", highlight=False, style="dim")
-            if row["grid"] and all(failed for *_, failed in row["grid"]):
+            if row["grid"] and not _trained(row):
                 console.print(f"{arm} failed at every learning rate of the grid.", highlight=False)
             for message in dict.fromkeys(row["failed"]):
                 console.print(f"{arm}: GradInit failed. {message}", highlight=False, markup=False)
@@ -188,7 +186,7 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
 def _print_at_warm_up_rate(console: Console, result: dict[str, Any]) -> None:
     """The question itself: the rate that warm-up makes the most of, without warm-up, after GradInit and without it."""
     rate, same = result["warm_up_rate"], result["at_warm_up_rate"]
-    if rate is None:
+    if rate is None or not _trained(result["arms"][WITH_WARMUP]):
         return
     console.print(f"At {rate:g}, the best learning rate with warm-up:", highlight=False)
     for arm, row in same["arms"].items():
@@ -197,6 +195,11 @@ def _print_at_warm_up_rate(console: Console, result: dict[str, Any]) -> None:
             console.print(f"- {arm}: {_spread(row['validation_loss'], 2)}, {failed}", highlight=False)
     for comparison in same["comparisons"]:
         console.print(f"- {conclude(comparison)}", highlight=False)
+
+
+def _trained(row: dict[str, Any]) -> bool:
+    """Whether one learning rate of the grid led anywhere."""
+    return not all(failed for *_, failed in row["grid"])
 
 
 def conclude(comparison: dict[str, Any]) -> str:

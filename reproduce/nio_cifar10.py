@@ -21,6 +21,7 @@ from torch import nn
 from common.scales import kinds_of
 from common.types import InitResult
 from papers.nio import EXAMPLES_AT_ONCE, SUB_BATCHES_AT_ONCE, nio, windows
+from papers.nio.objective import forward_passes
 from reproduce import cifar
 from reproduce.cifar import Arm, Experiment, Start, by_gradinit, by_metainit, recorded
 from reproduce.command import end_well, parse
@@ -142,13 +143,13 @@ def by_nio(model: nn.Module, start: Start, *, splits: int | Literal["examples"] 
 def epochs_worth(config: Config, by_example: bool, images: int) -> float:
     """What NIO costs in epochs of training, by arithmetic: forward passes an example, of which training takes 3.
 
-    12 where the groups are gone through in two passes, 9 where all their gradients are held, times the examples of all
-    windows over the batch's; and one iteration to measure the norm.
+    One iteration more than T, to measure the norm.
     """
-    groups, held = (config.nio_batch_size, EXAMPLES_AT_ONCE) if by_example else (config.nio_splits, SUB_BATCHES_AT_ONCE)
-    overlap = 1.0 if by_example else 1 + 2 * config.nio_overlap * (1 - 1 / config.nio_splits)
-    passes = (9 if groups <= held else 12) * overlap * (config.nio_steps + 1)
-    return passes * config.nio_batch_size / (3 * images)
+    if by_example:
+        passes = forward_passes(config.nio_batch_size, EXAMPLES_AT_ONCE)
+    else:
+        passes = forward_passes(config.nio_splits, SUB_BATCHES_AT_ONCE, config.nio_overlap)
+    return passes * (config.nio_steps + 1) * config.nio_batch_size / (3 * images)
 
 
 EXPERIMENT = Experiment(
@@ -174,13 +175,19 @@ def check_config(config: Config) -> None:
     for name in ("nio_steps", "nio_learning_rate", "nio_norm_bound"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{EXPERIMENT.name}: `{name}` must be positive, got {getattr(config, name)}.")
-    windows(config.nio_batch_size, config.nio_splits, config.nio_overlap)  # says what does not fit
+    groups = windows(config.nio_batch_size, config.nio_splits, config.nio_overlap)  # says what does not fit
+    coupled = [network for network in config.networks if network.endswith("-bn")]
+    if coupled and min(group.stop - group.start for group in groups) < 2:
+        raise ValueError(
+            f"{EXPERIMENT.name}: with BatchNorm a sub-batch must hold two images or more, got `nio_splits` "
+            f"{config.nio_splits} of `nio_batch_size` {config.nio_batch_size} for {coupled[0]}."
+        )
 
 
 def run(config: Config) -> dict[str, Any]:
     """Everything: compute what the folder does not hold yet, then table, figure and summary from its records."""
     check_config(config)
-    return cifar.run(config, EXPERIMENT, beside=config.beside)
+    return cifar.run(config, EXPERIMENT, beside=config.beside, largest_batch=config.nio_batch_size)
 
 
 def main() -> None:

@@ -172,9 +172,9 @@ def batches_of(
         )  # fmt: skip
         return list(islice(stream, count))
 
-    fitted = draw(data.train, max(config.steps, config.batches), 2 * seed)
+    fitted = draw(data.train, config.steps, 2 * seed)
     held_out = draw(data.test, config.batches, 2 * seed + 1)
-    return fitted[: config.steps], {"fitted": fitted[: config.batches], "held out": held_out}
+    return fitted, {"fitted": fitted[: config.batches], "held out": held_out}
 
 
 def measured(config: Config, model: nn.Module, network: str, groups: Groups, batches: Sequence[Batch]) -> list[dict]:
@@ -287,7 +287,7 @@ def run(config: Config) -> dict[str, Any]:
     device = device_of(config.device, EXPERIMENT)
     folder = begin(EXPERIMENT, config, console)
     # class-balanced, and enough for a batch an iteration
-    wanted = [max(500, config.batch_size * count) for count in (max(config.steps, config.batches), config.batches)]
+    wanted = [max(500, config.batch_size * count) for count in (config.steps, config.batches)]
     data = load_images(config.data, data_dir=config.data_dir, train=wanted[0], test=wanted[1])
     write_environment(folder, data.record(), device)
     console.print(f"Data: {data.identity}.")

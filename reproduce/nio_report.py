@@ -10,6 +10,7 @@ from rich.console import Console
 
 from reproduce import cifar_report
 from reproduce.cifar_report import (
+    COLOURS,
     KINDS,
     Records,
     draw_scales,
@@ -85,14 +86,15 @@ def _what_nio_did(arm: str, row: dict[str, Any]) -> str:
 def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
     """Five panels a network: GradCosine and its floor, the gradient norm, the scales, the shares, training."""
     arms = list(next(iter(summary["networks"].values()))["arms"])
+    colours: dict[str, str] = dict(zip(arms, COLOURS, strict=False))  # as the last panel has them
 
     def draw(row: Sequence[Axes], own: Records, network: str) -> None:
         searches = [
             r for r in own if r["kind"] == "initialisation" and r["arm"] in NIO and "history" in r and r["seed"] == 0
         ]
         if searches:
-            draw_cosine(row[0], {r["arm"]: r["history"] for r in searches}, network)
-            draw_norm(row[1], {r["arm"]: r["history"] for r in searches})
+            draw_cosine(row[0], {r["arm"]: r["history"] for r in searches}, colours, network)
+            draw_norm(row[1], {r["arm"]: r["history"] for r in searches}, colours)
             first = searches[0]
             draw_scales(row[2], first["scales"], first["kinds"])
             row[2].set_title(f"Scales ({first['arm']}, first seed)", loc="left")
@@ -103,13 +105,10 @@ def save_figure(path: Path, records: Records, summary: dict[str, Any]) -> None:
     save_panels(path, records, summary, "NIO", 5, draw)
 
 
-_COLOURS = {"NIO, examples": "#d62728", "NIO, sub-batches": "#1f77b4"}
-
-
-def draw_cosine(axes: Axes, histories: dict[str, list[dict[str, float]]], title: str) -> None:
+def draw_cosine(axes: Axes, histories: dict[str, list[dict[str, float]]], colours: dict[str, str], title: str) -> None:
     """GradCosine against iteration, its floor dashed in the same colour."""
     for arm, history in histories.items():
-        steps, colour = [entry["step"] for entry in history], _COLOURS[arm]
+        steps, colour = [entry["step"] for entry in history], colours[arm]
         axes.plot(steps, [entry["grad_cosine"] for entry in history], color=colour, label=arm)
         axes.axhline(history[0]["floor"], color=colour, linestyle=(0, (2, 4)), linewidth=1.2, label="its floor")
     axes.set(xlabel="NIO iteration", ylabel="GradCosine (without its diagonal)")
@@ -117,10 +116,10 @@ def draw_cosine(axes: Axes, histories: dict[str, list[dict[str, float]]], title:
     axes.legend(frameon=False, fontsize=7)
 
 
-def draw_norm(axes: Axes, histories: dict[str, list[dict[str, float]]]) -> None:
+def draw_norm(axes: Axes, histories: dict[str, list[dict[str, float]]], colours: dict[str, str]) -> None:
     """Mean gradient norm against iteration; iterations on the constraint have a mark."""
     for arm, history in histories.items():
-        colour = _COLOURS[arm]
+        colour = colours[arm]
         axes.plot([e["step"] for e in history], [e["grad_norm"] for e in history], color=colour, label=arm)
         held = [(entry["step"], entry["grad_norm"]) for entry in history if entry["constraint"]]
         if held:

@@ -30,8 +30,8 @@ from common.record import Run, device_name, device_of, write_environment
 from common.training import TrainingConfig, classification_metrics, train
 from common.types import Batch, NotFiniteError
 from data import epoch_batches
-from papers.nio import measure, nio, windows
-from papers.nio.objective import OBJECTIVES, Objective
+from papers.nio import EXAMPLES_AT_ONCE, measure, nio, windows
+from papers.nio.objective import OBJECTIVES, Objective, forward_passes
 from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.images import Splits, prepare
 from reproduce.nio_vit_report import best_learning_rate, print_report, save_figure, summarise
@@ -39,10 +39,6 @@ from reproduce.scales import rescaled, save_scales
 
 EXPERIMENT = "nio_vit"
 ModelName = Literal["swin", "vit"]
-FORWARD_PASSES = {"fused": 9, "streaming": 12, "update": 3}
-"""What an iteration of NIO and an update cost, in forward passes of their batch: `papers.nio.scale_gradients`."""
-CHUNK = 32
-"""Examples whose graphs NIO holds at once; a batch of no more is differentiated in the fused form."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +292,7 @@ def measured(config: Config, model: nn.Module, splits: Splits) -> dict[str, floa
     images = splits.validation.take(torch.arange(config.measured_images))
     x, y = next(splits.batches(images, config.measured_images))
     with full_precision(splits.device):
-        found = measure(pure_loss(model, loss_fn(config)), parameters_of(model), (x, y), chunk_size=CHUNK)
+        found = measure(pure_loss(model, loss_fn(config)), parameters_of(model), (x, y), chunk_size=EXAMPLES_AT_ONCE)
     return {name: value.item() for name, value in found.items()}
 
 
@@ -321,7 +317,7 @@ def run_initialisation(
             gamma=gamma,
             steps=config.steps,
             lr=config.meta_learning_rate,
-            chunk_size=CHUNK if config.splits is None else config.splits,
+            chunk_size=EXAMPLES_AT_ONCE if config.splits is None else config.splits,
             on_step=on_step,
             progress=False,
         )
@@ -341,12 +337,16 @@ def run_initialisation(
 
 
 def updates_worth(config: Config) -> float:
-    """What NIO costs in updates of training, by arithmetic: forward passes an image; both branches cost the same."""
-    fused = config.splits is not None or config.meta_batch_size <= CHUNK
-    # windows that overlap cost by their sizes' sum: an inner one reaches into both neighbours, the outer ones into one
-    overlapping = 1.0 if config.splits is None else 1 + 2 * config.overlap * (1 - 1 / config.splits)
-    passes = FORWARD_PASSES["fused" if fused else "streaming"] * overlapping * config.steps
-    return passes / FORWARD_PASSES["update"] * config.meta_batch_size / config.batch_size
+    """What NIO costs in updates of training, by arithmetic: forward passes an image, of which training takes 3.
+
+    With the measurement that γ is set by, 3 an image.
+    """
+    if config.splits is None:
+        passes = forward_passes(config.meta_batch_size, EXAMPLES_AT_ONCE)
+    else:
+        passes = forward_passes(config.splits, config.splits, config.overlap)
+    images = passes * config.steps * config.meta_batch_size + 3 * config.measured_images
+    return images / (3 * config.batch_size)
 
 
 def run_training(

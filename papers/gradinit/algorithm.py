@@ -28,10 +28,9 @@ from common.options import check_choice, check_number, check_positive
 from common.scales import Bounds, Branch, Patterns, RescaleAdam
 from common.types import Batch, DerivativeError, InitResult, Params, UserLoss
 from papers.gradinit.batching import Pairs, batch_pairs
-from papers.gradinit.objective import Engine, LookAhead, Norm, Step, scale_gradients
+from papers.gradinit.objective import ENGINES, NORMS, STEPS, Engine, LookAhead, Norm, Step, scale_gradients
 
 Variant = Literal["paper", "released"]
-_STEPS = ("normalized_sgd", "sgd", "adam")
 
 
 def gradinit(
@@ -84,7 +83,8 @@ def gradinit(
         eta: η > 0, its size.
         gamma: γ > 0, the largest gradient norm; `float("inf")` drops the constraint.
         steps: T ≥ 0, iterations of either kind.
-        lr: τ ≥ 0, what a multiplier moves in one iteration: |m − 1| ends below about T τ.
+        lr: τ ≥ 0, about what a multiplier moves in one iteration; where a branch is entered late and the second moment
+            is shared, up to √t τ at the t-th.
         min_scale: Smallest multiplier of weights and gains; that of biases is 0.
         bounds: (smallest, largest) by kind ("norm") or name pattern, in place of `min_scale` where it means a tensor.
         clip: Largest |d| of one multiplier; None: no bound.
@@ -98,7 +98,7 @@ def gradinit(
         include: Kinds ("conv", "linear", "norm", "bias", "embedding", "other") or name patterns that get a multiplier.
         exclude: Those that get none.
         variant: "released" steps a weight tied between modules in the first of them only, and leaves a multiplier at
-            zero once it is there.
+            zero once it is there. The authors' other ways are options above, or not offered (this package's README).
         batch_norm: "batch" (as the authors) or "running" statistics.
         exact_kernels: See `common.exact`; False only to measure what it costs.
         on_step: Called after each iteration with its entry of the history.
@@ -151,9 +151,10 @@ def gradinit(
     look_ahead = _half_stepped(model, loss_fn, batch_norm, exact_kernels) if variant == "released" else None
     stream = batch_pairs(batches, pairs)
     classes: int | None = None
+    proven = engine == "finite_difference"  # that no layer lacks a second derivative, or that none is taken
 
     def slopes(t: int, m: Params, last: Branch) -> tuple[Branch, Params, dict[str, float | Tensor]]:
-        nonlocal classes
+        nonlocal classes, proven
         batch, other = next(stream)
         if t == 1:
             check_first_batch(model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels)
@@ -165,8 +166,6 @@ def gradinit(
             with naming_the_layer(
                 model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels, order=2
             ):
-                if t == 1 and engine != "finite_difference" and (exact or gamma < math.inf):
-                    check_twice_differentiable(loss, theta0, batch, "gradinit")
                 branch, d, metrics = scale_gradients(
                     loss,
                     theta0,
@@ -182,8 +181,14 @@ def gradinit(
                     expected=last,  # the last branch is a good forecast
                     look_ahead=look_ahead,
                 )
+                if not proven and (exact or branch == "constraint"):  # for its graph is as large as the constraint's
+                    check_twice_differentiable(loss, theta0, batch, "gradinit")
+                    proven = True
         except DerivativeError as error:
-            raise DerivativeError(f"{error} Or pass engine='finite_difference', which needs none.") from error
+            if engine == "finite_difference":
+                raise
+            way_out = "Where it is a second derivative that fails: engine='finite_difference' needs none."
+            raise DerivativeError(f"{error} {way_out}") from error
         if t == 1 and metrics["gradient_norm"] == 0:
             raise ValueError(
                 "gradinit: the loss must depend on the model's parameters, got a gradient that is zero "
@@ -248,13 +253,23 @@ def _check_step(step: Step, theta0: Params) -> None:
             f"gradinit: a function for `step` must leave the gradient that it is given as it is, got one that changes "
             f"{changed[0]!r}. Return new tensors in a new dictionary."
         )
-    shapes = {name: leaf.shape for name, leaf in theta0.items()}
-    if not isinstance(direction, dict) or {k: getattr(v, "shape", None) for k, v in direction.items()} != shapes:
+    if not isinstance(direction, dict) or direction.keys() != theta0.keys():
         raise ValueError(
-            "gradinit: a function for `step` must map a gradient {name: tensor} to a direction with the same names and "
-            f"shapes, got {type(direction).__name__}"
-            f"{' with other names or shapes' if isinstance(direction, dict) else ''}."
+            "gradinit: a function for `step` must map a gradient {name: tensor} to a direction with the same names, "
+            f"got {type(direction).__name__}{' with other names' if isinstance(direction, dict) else ''}."
         )
+    for name, leaf in theta0.items():
+        if _form(direction[name]) != _form(leaf):
+            raise ValueError(
+                f"gradinit: a function for `step` must return tensors like those that it is given, got "
+                f"{_form(direction[name])} for {name!r}, where the gradient is {_form(leaf)}."
+            )
+
+
+def _form(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
 
 
 def _check_options(
@@ -263,9 +278,9 @@ def _check_options(
     if not callable(step):
         if not isinstance(step, str):
             raise TypeError(f"gradinit: `step` must be a name or a function, got {type(step).__name__}.")
-        check_choice("gradinit", "step", step, _STEPS, " Or pass a function from gradients to a direction.")
-    check_choice("gradinit", "norm", norm, (None, "l1", "l2"))
-    check_choice("gradinit", "engine", engine, ("nested", "lazy", "finite_difference"))
+        check_choice("gradinit", "step", step, STEPS, " Or pass a function from gradients to a direction.")
+    check_choice("gradinit", "norm", norm, (None, *NORMS))
+    check_choice("gradinit", "engine", engine, ENGINES)
     check_choice("gradinit", "pairs", pairs, ("halves", "thirds", "disjoint"))
     check_choice("gradinit", "variant", variant, ("paper", "released"))
     check_positive("gradinit", eta=eta)

@@ -23,7 +23,8 @@ def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[P
 
     A collection is gone through again and again. With `"halves"` and `"disjoint"` batches must be of one even size, of
     which a pass's last may fall short: it sits that pass out. An iteration uses n examples for S, and for S̃ n/2 more
-    with `"halves"`, n with `"disjoint"`; `"thirds"` uses one batch for both, of any size from three on.
+    with `"halves"`, n with `"disjoint"`; `"thirds"` uses one batch for both, of any size from three on: smaller ones,
+    where they are not the first, sit out.
 
     Args:
         batches: Any nesting of tensors, examples along dimension 0. A collection of a single batch has no other half:
@@ -42,8 +43,12 @@ def batch_pairs(batches: Iterable[Batch], pairs: Pairs = "halves") -> Iterator[P
         (tensor([0, 1, 2, 3]), tensor([0, 1, 4, 5]))
     """
     if pairs == "thirds":
+        begun = False
         for batch in endless(batches, "gradinit"):
             N = count_examples(batch, "gradinit")
+            if N < 3 and begun:  # what is left over at the end of a pass
+                continue
+            begun = True
             if N < 3:
                 raise ValueError(
                     f"gradinit: pairs='thirds' needs batches of at least 3 examples, got {N}. Use larger batches."

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.derivatives import gradient, tape
+from common.options import check_choice
 from common.scales import Branch, scaled
 from common.tree import tree_add, tree_dots, tree_map
 from common.types import Batch, NotFiniteError, Params, PureLoss
@@ -28,6 +29,9 @@ StepName = Literal["normalized_sgd", "sgd", "adam"]
 Step = StepName | Callable[[Params], Params]
 """A[·]: by name, or a function of the gradient, differentiable where the exact objective is asked for."""
 
+STEPS = ("normalized_sgd", "sgd", "adam")
+NORMS = ("l1", "l2")
+ENGINES = ("nested", "lazy", "finite_difference")
 Norm = Literal["l1", "l2"]
 Engine = Literal["nested", "lazy", "finite_difference"]
 LookAhead = Callable[[Params, Params, Batch], Tensor]
@@ -46,6 +50,7 @@ def gradient_norm(g: Params, norm: Norm) -> Float[Tensor, ""]:
         >>> gradient_norm({"w": torch.tensor([3.0, -4.0])}, "l2"), gradient_norm({"w": torch.tensor([3.0, -4.0])}, "l1")
         (tensor(5.), tensor(7.))
     """
+    check_choice("gradient_norm", "norm", norm, NORMS)
     order = 1 if norm == "l1" else 2
     # the norm of the tensors' norms, with which no copy of g is made
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf, order) for leaf in g.values()]), order)
@@ -60,6 +65,7 @@ def step_direction(g: Params, step: Step) -> Params:
     """
     if callable(step):
         return step(g)
+    check_choice("step_direction", "step", step, STEPS, " Or pass a function from gradients to a direction.")
     if step == "sgd":
         return g
     if step == "adam":
@@ -139,7 +145,7 @@ def scale_gradients(
     | engine                | constraint                       | objective | exact objective |
     |-----------------------|----------------------------------|-----------|-----------------|
     | `"lazy"`              | 9F where `expected`, or else 11F | 6F        | 12F             |
-    | `"nested"`            | 12F                              | 6F        | 15F             |
+    | `"nested"`            | 12F                              | 9F        | 15F             |
     | `"finite_difference"` | 6F                               | 6F        | 9F              |
 
     `"lazy"` reads the tape of the one forward pass again where H is needed. `"nested"` differentiates `constraint` and
@@ -162,13 +168,14 @@ def scale_gradients(
         engine: How H is multiplied.
         expected: The branch that `"lazy"` prepares for; the last one is a good forecast.
         difference_step: Length of h v in the ℓ2 norm, for `"finite_difference"`.
-        look_ahead: Replaces L(S̃; θ') by a function of (θ', θ, S̃).
+        look_ahead: Replaces L(S̃; θ') by a function of (θ', θ, S̃); not with `exact`.
 
     Returns:
         The branch; d_b by name, scalars, the objective's with the released factor 1/η; and `loss` L(S; θ),
         `gradient_norm` n (both on the CPU, from the one synchronisation) and, of the objective, `look_ahead_loss`.
 
     Raises:
+        ValueError: A step, norm, engine or branch of another name; `exact` together with `look_ahead`.
         NotFiniteError: A loss or gradient that is not finite; the message names the tensors.
 
     Example:
@@ -182,13 +189,19 @@ def scale_gradients(
         Zhu et al. 2021, Algorithm 1; the released code for A's missing derivative and the factor 1/η.
     """
     norm = norm_of(step) if norm is None else norm
+    check_choice("scale_gradients", "engine", engine, ENGINES)
+    check_choice("scale_gradients", "expected", expected, ("objective", "constraint"))
+    if exact and look_ahead is not None:
+        raise ValueError(
+            "scale_gradients: `exact` differentiates L(S̃; θ') alone, got a `look_ahead` too. Leave one out."
+        )
     theta = tree_map(lambda leaf: leaf.detach().requires_grad_(), scaled(theta0, scales))
     # θ → L(S; θ) → g, with a graph of g only where H is to be multiplied
     second = exact and step != "adam"  # a sign has no derivative
     keep = engine == "lazy" and (second or expected == "constraint")
     value = loss(theta, batch)
     g = tape(value, theta, keep=keep, retain=keep or engine == "lazy")
-    g_now = tree_map(torch.Tensor.detach, g)
+    g_now = tree_map(torch.Tensor.detach, g)  # the branch, and a step that is a constant (released code), need no graph
     n = gradient_norm(g_now, norm)
     at_hand, n = torch.stack([value.detach().to(n.dtype), n]).cpu()
     _check_finite(at_hand, n, g_now)
@@ -209,9 +222,9 @@ def scale_gradients(
     if not second:
         del value, g  # the tape of S, before that of S̃ is recorded
     other_batch = other_batch() if callable(other_batch) else other_batch
-    if second and engine == "nested":
-        exactly = partial(look_ahead_loss, loss, batch=batch, other_batch=other_batch, step=step, eta=eta, exact=True)
-        d, ahead = torch.func.grad_and_value(lambda m: exactly(scaled(theta0, m)))(scales)
+    if engine == "nested" and look_ahead is None:
+        of = partial(look_ahead_loss, loss, batch=batch, other_batch=other_batch, step=step, eta=eta, exact=exact)
+        d, ahead = torch.func.grad_and_value(lambda m: of(scaled(theta0, m)))(scales)
         return "objective", tree_map(lambda leaf: leaf / eta, d), metrics | {"look_ahead_loss": ahead}
     stepped = tree_add(theta, step_direction(g_now, step), scale=-eta)
     if look_ahead is None:

@@ -14,7 +14,8 @@ def relative_gradient_variance(loss: PureLoss, theta: Params, batches: Iterable[
     r"""E‖g_S − 𝔼g‖² / ‖𝔼g‖² of each tensor, g_S = ∇L(S; θ) on a random minibatch S.
 
     Both are estimated without bias from K minibatches: s² = Σ‖g_S − ḡ‖²/(K − 1), and ‖ḡ‖² − s²/K, as ḡ carries a K-th
-    of the variance. Infinite where the mean cannot be told from zero. The paper's normaliser is not known.
+    of the variance. Infinite where the mean cannot be told from zero, NaN where a gradient is not finite. The paper's
+    normaliser is not known.
 
     Args:
         loss: L, pure.
@@ -46,5 +47,5 @@ def relative_gradient_variance(loss: PureLoss, theta: Params, batches: Iterable[
     K = len(squares)
     of_mean = (tree_norms(total).double() / K) ** 2
     variance = (torch.stack(squares).mean(0) - of_mean).clamp(min=0) * K / (K - 1)  # E‖g‖² − ‖ḡ‖²
-    ratio = torch.where(variance > 0, variance / (of_mean - variance / K).clamp(min=0), 0.0)
+    ratio = torch.where(variance == 0, 0.0, variance / (of_mean - variance / K).clamp(min=0))
     return dict(zip(theta, ratio.tolist(), strict=True))

@@ -47,7 +47,7 @@ def nio(
     *,
     splits: Splits | None = None,
     overlap: float = 0.0,
-    objective: Objective = "gc",
+    objective: Objective | None = None,
     gamma: float = float("inf"),
     steps: int = 100,
     lr: float = 3e-3,
@@ -75,7 +75,7 @@ def nio(
 
     Repeats: draw S; where GN > γ, descend on GN; else on the objective, −GC; by `RescaleAdam` on the multipliers m of
     θ = m ⊙ θ₀. With no options given: every example is a group of its own; where BatchNorm couples examples, the batch
-    is cut into four sub-batches instead, and a warning says so.
+    is cut into four sub-batches instead (into fewer, if it holds less than eight), and a warning says so.
 
     The model's parameters are written once, at the end; buffers, modes and the global random state stay as they were;
     on any error the model is bit-identical to what was passed in.
@@ -88,10 +88,11 @@ def nio(
             batch left out where it falls short. Augmented as in training, as the authors' are.
         splits: D ≥ 2 sub-batches, or "examples"; None chooses.
         overlap: r in [0, 1], the share of a sub-batch's length that it takes of each neighbour. Raises GC's floor.
-        objective: "gc" (the paper's), or another of the released names (`objective_value`).
+        objective: "gc" (the paper's), or another of the released names (`objective_value`). None: "gc".
         gamma: γ > 0, the largest mean gradient norm; `float("inf")` drops the constraint.
         steps: T ≥ 0, iterations of either kind.
-        lr: τ ≥ 0, what a multiplier moves in one iteration: |m − 1| ends below about T τ.
+        lr: τ ≥ 0, about what a multiplier moves in one iteration; where a branch is entered late and the second moment
+            is shared, up to √t τ at the t-th.
         min_scale: Smallest multiplier of weights and gains; that of biases is 0.
         bounds: (smallest, largest) by kind ("norm") or name pattern, in place of `min_scale` where it means a tensor.
         clip: Largest |d| of one multiplier; None: no bound.
@@ -104,13 +105,13 @@ def nio(
         coupling: "independent": each group is a forward pass of its own. "shared": one forward pass, whose batch
             statistics all groups share. None: "independent".
         grad_params: The tensors that gradients are taken in: "all", "without_batch_norm" (BatchNorm's gains and
-            shifts are scaled but not in the gradient), "released" (weights and biases of convolutions, linear layers
-            and layer norms), or kinds and name patterns. None: "without_batch_norm".
+            shifts are scaled but not in the gradient), "released" (weights and biases of 2-D convolutions, linear
+            layers and layer norms), or kinds and name patterns. None: "without_batch_norm".
         include: Kinds ("conv", "linear", "norm", "bias", "embedding", "other") or name patterns that get a multiplier.
         exclude: Those that get none.
         chunk_size: Groups whose graphs are held at once; None: 32 examples, or 4 sub-batches.
-        variant: "released" takes, where they are None, the authors' `rule`, `coupling` and `grad_params`, and leaves a
-            multiplier at zero once it is there.
+        variant: "released" takes, where they are None, the authors' `objective` ("gc_gn_sqrt"), `rule`, `coupling` and
+            `grad_params` (each's "released", or "shared"), and leaves a multiplier at zero once it is there.
         batch_norm: "batch" (as the authors) or "running" statistics.
         exact_kernels: See `common.exact`; False only to measure what it costs.
         on_step: Called after each iteration with its entry of the history.
@@ -156,6 +157,8 @@ def nio(
     descent.check()
     check_choice("nio", "variant", variant, ("paper", "released"))
     released = variant == "released"
+    if objective is None:
+        objective = "gc_gn_sqrt" if released else "gc"
     if rule is None:
         rule = "released" if released else "intended"
     if coupling is None:
@@ -186,13 +189,17 @@ def nio(
     def slopes(t: int, m: Params, _: Branch) -> tuple[Branch, Params, dict[str, float | Tensor]]:
         nonlocal classes, loss, mode
         batch = next(stream)
-        groups, floor = _groups(batch, chosen, overlap, rule, include_diagonal, coupled=coupled)
+        groups, floor = _groups(
+            batch, chosen, overlap, rule, include_diagonal, coupled=coupled, or_fewer=splits is None
+        )
         if t == 1:
+            # what is built before the groups are gone through holds the graph of one of them, not of the batch
+            first = batch if shared else map_tensors(lambda leaf: leaf[groups[0] if groups else slice(1)], batch)
             mean_loss = loss_fn if not shared or loss_fn is classification_loss else _mean_of(loss_fn)
             check_first_batch(model, mean_loss, batch, "nio", batch_norm=batch_norm, exact=exact_kernels)
             if loss_fn is classification_loss:
-                classes = logits_of(model, batch[0], "nio", batch_norm).shape[1]
-            check_twice_differentiable(_mean_of_pure(loss) if shared else loss, theta0, batch, "nio")
+                classes = logits_of(model, first[0], "nio", batch_norm).shape[1]
+            check_twice_differentiable(_mean_of_pure(loss) if shared else loss, theta0, first, "nio")
         check_next_batch(model, batch, classes, "nio")
         if t == 1 and by_example and not shared:
             loss, mode = _vectorised(make(order=3), loss, theta0, batch, in_gradient)
@@ -238,8 +245,9 @@ def _choose_splits(splits: Splits | None, overlap: float, *, coupled: bool) -> S
         )
     if splits is None and coupled:
         warnings.warn(
-            "nio: BatchNorm couples the examples of a batch, so gradients of 4 sub-batches are compared, not of single "
-            "examples. Pass splits=4 to choose this, or coupling='shared' or batch_norm='running' for examples.",
+            "nio: BatchNorm couples the examples of a batch, so gradients of 4 sub-batches (fewer, where a batch holds "
+            "less than 8) are compared, not of single examples. Pass splits=4 to choose this, or coupling='shared' or "
+            "batch_norm='running' for examples.",
             stacklevel=3,
         )
         return 4
@@ -251,7 +259,14 @@ def _choose_splits(splits: Splits | None, overlap: float, *, coupled: bool) -> S
 
 
 def _groups(
-    batch: Batch, splits: Splits, overlap: float, rule: Rule, include_diagonal: bool, *, coupled: bool
+    batch: Batch,
+    splits: Splits,
+    overlap: float,
+    rule: Rule,
+    include_diagonal: bool,
+    *,
+    coupled: bool,
+    or_fewer: bool,
 ) -> tuple[Sequence[Group] | None, float]:
     """The groups of a batch, and the GC that shared examples alone would give."""
     B = length_of(batch, "nio", "A batch must hold tensors whose examples lie along dimension 0.")
@@ -260,6 +275,7 @@ def _groups(
     if isinstance(splits, str):
         n, off, groups = B, 0.0, None
     else:
+        splits = max(2, min(splits, B // 2)) if or_fewer else splits
         groups = windows(B, splits, overlap, rule=rule)
         if coupled and min(group.stop - group.start for group in groups) < 2:
             raise ValueError(
@@ -295,7 +311,7 @@ def gradient_tensors(model: nn.Module, wanted: Patterns | str) -> list[str]:
 
     Args:
         model: Whose.
-        wanted: "all", "without_batch_norm", "released" (weights and biases of convolutions, linear layers and layer
+        wanted: "all", "without_batch_norm", "released" (weights and biases of 2-D convolutions, linear layers and layer
             norms), or kinds and name patterns.
 
     Raises:
@@ -314,6 +330,10 @@ def gradient_tensors(model: nn.Module, wanted: Patterns | str) -> list[str]:
         check_patterns(model, patterns, "nio")
         chosen = {name for name, kind in kinds.items() if matches(name, kind, patterns)}
     names = [name for name in trainable(model) if name in chosen]
+    if not trainable(model):
+        raise ValueError(
+            "nio: at least one tensor must be trainable, got none. Set `requires_grad` of those to be scaled."
+        )
     if not names:
         raise ValueError(
             f"nio: gradients must be taken in a trainable tensor at least, got none for grad_params={wanted!r}. "

@@ -73,7 +73,7 @@ def expected_cosine(groups: Sequence[slice], signal: float) -> float:
         signal: ρ' ≥ 0.
 
     Raises:
-        ValueError: Fewer than two windows.
+        ValueError: Fewer than two windows, or ρ' < 0.
 
     Example:
         >>> expected_cosine([slice(0, 1), slice(1, 2)], 1.0)  # single examples: ρ'/(1 + ρ')
@@ -81,6 +81,8 @@ def expected_cosine(groups: Sequence[slice], signal: float) -> float:
     """
     if len(groups) < 2:
         raise ValueError(f"expected_cosine: there must be two windows or more, got {len(groups)}.")
+    if not signal >= 0:
+        raise ValueError(f"expected_cosine: `signal` (ρ' = ‖μ‖²/𝔼‖ε‖²) must be 0 or more, got {signal}.")
     terms = []
     for first, second in permutations([range(group.start, group.stop) for group in groups], 2):
         a, b = len(first), len(second)

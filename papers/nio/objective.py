@@ -23,6 +23,7 @@ from torch import Tensor
 
 from common.batches import length_of
 from common.derivatives import Group, GroupMode, group_gradients, tape
+from common.options import check_choice, check_number, check_whole
 from common.scales import Branch, scaled
 from common.tree import tree_add, tree_map, tree_vdot
 from common.types import Batch, NotFiniteError, Params, PureLoss
@@ -110,10 +111,14 @@ def objective_value(
         norm_weight: w.
         include_diagonal: Of GC; a constant and a factor.
 
+    Raises:
+        ValueError: Another name.
+
     Example:
         >>> objective_value({"w": torch.tensor([[3.0, 4.0], [4.0, 3.0]])}, "gc_gn_sqrt", norm_weight=0.1)
         tensor(-1.9600)
     """
+    check_choice("objective_value", "objective", objective, OBJECTIVES)
     J = (
         grad_variance(gradients)
         if is_variance(objective)
@@ -144,7 +149,11 @@ def cotangents(
         seen: ū, ḡ and n, of all groups. None: of `gradients`.
         norm_weight: w.
         include_diagonal: Of GC.
+
+    Raises:
+        ValueError: Another name, or a single gradient where GC leaves its diagonal out.
     """
+    check_choice("cotangents", "objective", objective, (*OBJECTIVES, "gn"))
     seen = statistics([gradients]) if seen is None else seen
     r, n = group_norms(gradients), len(seen.r)
     inverse = _inverse(r)
@@ -153,6 +162,7 @@ def cotangents(
     if is_variance(objective):
         v = tree_map(lambda leaf, mean: 2 / n * (leaf - mean), gradients, seen.gbar)
     else:
+        _check_count(n, "cotangents", include_diagonal)
         c = 2 / (n if include_diagonal else n - 1)
         # sums of products, which round less than torch's norms: ū holds a part u_i/n, of which nothing may be left
         along = torch.stack([(g * seen.ubar[name]).reshape(len(r), -1).sum(1) for name, g in gradients.items()]).sum(0)
@@ -209,6 +219,7 @@ def statistics(chunks: Iterable[Params]) -> Statistics:
         norms.append(r)
         units, total = (tree_add(units, own), tree_add(total, summed)) if units else (own, summed)
         squares = share if squares is None else squares + share
+        del gradients  # before the next chunk's are computed
     r = torch.cat(norms)
     mean = partial(tree_map, lambda leaf: leaf / len(r))
     counted = _is_positive(r).sum().clamp(min=1)
@@ -268,7 +279,8 @@ def scale_gradients(
         `share/NAME`, of which the first two are on the CPU, from the one synchronisation.
 
     Raises:
-        ValueError: Fewer than two groups.
+        TypeError: An option of another type.
+        ValueError: Fewer than two groups, or an option out of range.
         NotFiniteError: A gradient that is not finite; the message names the tensors.
 
     Example:
@@ -281,11 +293,16 @@ def scale_gradients(
     Reference:
         Yang et al. 2022, Algorithms 1 to 3; the released code.
     """
+    check_choice("scale_gradients", "objective", objective, OBJECTIVES)
+    check_choice("scale_gradients", "coupling", coupling, ("independent", "shared"))
+    check_number("scale_gradients", gamma=gamma)
+    if not gamma >= 0:
+        raise ValueError(f"scale_gradients: `gamma` (the bound γ on GN) must be 0 or more, got {gamma}.")
     m = tree_map(lambda scale: scale.detach().requires_grad_(), scales)
     options = {"norm_weight": norm_weight, "include_diagonal": include_diagonal}
     mode = "shared" if coupling == "shared" else mode
     gradients_of = partial(group_gradients, loss, batch=batch, mode=mode, wrt=grad_params)
-    chunks = _chunks(batch, groups, chunk_size)
+    chunks = _chunks(batch, groups, chunk_size, "scale_gradients")
     fused = gradients_of(scaled(theta0, m), groups=chunks[0]) if len(chunks) == 1 else None
     with torch.no_grad():
         theta = scaled(theta0, m)
@@ -304,6 +321,21 @@ def scale_gradients(
     return branch, d, metrics
 
 
+def forward_passes(groups: int, chunk_size: int, overlap: float = 0.0) -> float:
+    """What `scale_gradients` of independent groups costs, in F, whichever branch is taken.
+
+    Args:
+        groups: n.
+        chunk_size: Groups at once: if that is all of them, the form is the fused one.
+        overlap: r of `windows` (intended), which an inner window takes of two neighbours and an outer one of one.
+
+    Example:
+        >>> forward_passes(4, 4), forward_passes(64, 32), round(forward_passes(4, 4, overlap=0.2), 6)
+        (9.0, 12.0, 11.7)
+    """
+    return (9 if groups <= chunk_size else 12) * (1 + 2 * overlap * (1 - 1 / groups))
+
+
 def measure(
     loss: PureLoss,
     theta: Params,
@@ -316,11 +348,16 @@ def measure(
     grad_params: Sequence[str] | None = None,
     mode: GroupMode = "auto",
 ) -> Params:
-    """GC, GN, GV, κ and each tensor's share, by the names that `scale_gradients` gives them; no graph is kept (3F)."""
+    """GC, GN, GV, κ and each tensor's share, by the names that `scale_gradients` gives them; no graph is kept (3F).
+
+    Raises:
+        ValueError: Fewer than two groups, or an option out of range.
+    """
+    check_choice("measure", "coupling", coupling, ("independent", "shared"))
     mode = "shared" if coupling == "shared" else mode
     gradients_of = partial(group_gradients, loss, theta, batch, mode=mode, wrt=grad_params)
     with torch.no_grad():
-        seen = statistics(gradients_of(part) for part in _chunks(batch, groups, chunk_size))
+        seen = statistics(gradients_of(part) for part in _chunks(batch, groups, chunk_size, "measure"))
         return seen.metrics(include_diagonal=include_diagonal)
 
 
@@ -341,11 +378,15 @@ def _cosine(total: Params, r: Float[Tensor, "n"], include_diagonal: bool) -> Flo
     n, square = len(r), tree_vdot(total, total)
     if include_diagonal:
         return square / n**2
-    if n < 2:
-        raise ValueError(
-            f"grad_cosine: there must be two gradients or more to compare, got {n}. Or pass include_diagonal=True."
-        )
+    _check_count(n, "grad_cosine", include_diagonal)
     return (square - _is_positive(r).sum()) / (n * (n - 1))
+
+
+def _check_count(n: int, caller: str, include_diagonal: bool) -> None:
+    if n < 2 and not include_diagonal:
+        raise ValueError(
+            f"{caller}: there must be two gradients or more to compare, got {n}. Or pass include_diagonal=True."
+        )
 
 
 def _norm_term(gradients: Params, objective: str) -> Tensor:
@@ -372,13 +413,15 @@ def _inverse(r: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     return torch.where(positive, 1 / torch.where(positive, r, 1.0), 0.0)
 
 
-def _chunks(batch: Batch, groups: Sequence[Group] | None, size: int | None) -> list[Sequence[Group]]:
+def _chunks(batch: Batch, groups: Sequence[Group] | None, size: int | None, caller: str) -> list[Sequence[Group]]:
     """The groups, `size` at a time."""
+    if size is not None:
+        check_whole(caller, smallest=1, chunk_size=size)
     if groups is None:
-        length = length_of(batch, "scale_gradients", "A gradient an example needs tensors that can be split.")
+        length = length_of(batch, caller, "A gradient an example needs tensors that can be split.")
         groups = [slice(k, k + 1) for k in range(length)]
     if len(groups) < 2:
-        raise ValueError(f"scale_gradients: there must be two groups or more to compare, got {len(groups)}.")
+        raise ValueError(f"{caller}: there must be two groups or more to compare, got {len(groups)}.")
     size = len(groups) if size is None else size
     return [groups[k : k + size] for k in range(0, len(groups), size)]
 

@@ -541,6 +541,27 @@ def test_auto_remembers_what_vmap_cannot_follow_and_nothing_else():
     assert_close(group_gradients(Loss(), {"w": torch.ones(())}, x)["w"], torch.tensor([2.0, -3.0]))
 
 
+def test_a_loss_that_is_not_one_value_an_example_is_no_group_s():
+    # tokens side by side: the first group would be the first token
+    loss = lambda theta, x: (theta["w"] * x).flatten()
+    with pytest.raises(ValueError, match=r"one value an example, shape \(3,\), got shape \(6,\)"):
+        group_gradients(loss, {"w": torch.ones(2)}, torch.randn(3, 2), [slice(0, 1), slice(1, 3)], mode="shared")
+
+
+def test_memory_that_runs_out_is_not_remembered(monkeypatch):
+    def loss(theta, x):
+        return (theta["w"] * x).sum()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    x = torch.randn(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(derivatives, "_vmapped", full)
+        assert_close(group_gradients(loss, {"w": torch.ones(())}, x)["w"], x)
+    assert loss not in derivatives._UNMAPPABLE
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -550,9 +571,10 @@ def test_auto_remembers_what_vmap_cannot_follow_and_nothing_else():
         ({"mode": "map"}, "`mode` must be 'auto', 'vmap', 'loop' or 'shared', got 'map'"),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
         ({"groups": []}, r"every group must hold an example, got groups of sizes \[\]"),
-        ({"groups": [slice(0, 2), slice(5, 7)]}, r"every group must hold an example, got groups of sizes \[2, 0\]"),
+        ({"groups": [slice(0, 2), slice(3, 3)]}, r"every group must hold an example, got groups of sizes \[2, 0\]"),
+        ({"groups": [slice(0, 2), slice(4, 6)]}, r"must lie in the batch of 5 examples, got slice\(4, 6, None\)"),
         ({"groups": GROUPS["unequal"], "mode": "vmap"}, r"needs groups of one size, got sizes \[3, 2\]"),
-        ({"mode": "shared"}, r"one value an example, shape \(batch,\), got shape \(\)"),
+        ({"mode": "shared"}, r"one value an example, shape \(5,\), got shape \(\)"),
     ],
 )
 def test_bad_groups_are_named(options, message):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.types import NotFiniteError
 from reproduce import gradinit_multi30k as module
 from reproduce.gradinit_multi30k import ARMS, PRESETS, extra_updates, repeated, run, unigram_loss
 from reproduce.gradinit_multi30k_report import (
@@ -109,7 +110,7 @@ def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path):
     assert records_of(folder) == records_of(complete[0])
 
 
-def test_every_run_diverged_is_a_result(tmp_path):
+def test_every_run_diverged_is_a_result(tmp_path, capsys):
     torch.set_default_dtype(torch.float32)
     config = replace(
         PRESETS["smoke"], data="reversed", output=tmp_path / "run", quiet=True, optimizers=("sgd",),
@@ -120,6 +121,24 @@ def test_every_run_diverged_is_a_result(tmp_path):
         assert row["failed_runs"] == row["trainings"] > 0
         assert row["bleu"] == [0.0]
     assert (tmp_path / "run" / "figure.png").exists()
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("failed at every learning rate of the grid") >= 2
+    assert "the best learning rate with warm-up" not in said
+    assert "at an edge" not in said
+
+
+def test_where_gradinit_failed_there_is_nothing_to_make_up_for(tmp_path, monkeypatch):
+    def failing(model, *_, **options):
+        raise NotFiniteError("gradinit: at step 1: loss and gradient must be finite.")
+
+    monkeypatch.setattr(module, "gradinit", failing)
+    torch.set_default_dtype(torch.float32)
+    options = {"data": "reversed", "quiet": True, "optimizers": ("adam",), "seeds": 1}
+    summary = run(replace(PRESETS["smoke"], output=tmp_path / "run", **options))
+    arms = summary["optimizers"]["adam"]["arms"]
+    assert len(arms[WITH_GRADINIT]["failed"]) == 1
+    assert arms["Post-LN, longer"]["trainings"] == 0
+    assert arms["Post-LN"]["trainings"] > 0
 
 
 def test_on_real_data(real_data, tmp_path):

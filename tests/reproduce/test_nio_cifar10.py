@@ -175,6 +175,8 @@ def test_a_report_of_a_run_that_has_hardly_begun(tmp_path):
         ({"nio_overlap": 1.5}, r"`overlap` must lie in \[0, 1\], got 1.5"),
         ({"epochs": 0}, "nio_cifar10: `epochs` must be positive, got 0"),
         ({"networks": ("lenet",)}, "make_network: `name` must be one of"),
+        ({"networks": ()}, "nio_cifar10: `networks` must name one or more, got none"),
+        ({"nio_batch_size": 6}, "two images or more, got `nio_splits` 4 of `nio_batch_size` 6 for resnet-8-bn"),
     ],
     ids=str,
 )

@@ -220,12 +220,12 @@ def test_every_arm_sees_the_same_images_wherever_it_is_resumed(splits):
 
 
 def test_what_nio_costs_is_counted():
-    config = replace(SMOKE, steps=10, meta_batch_size=32, batch_size=64)
-    assert updates_worth(config) == pytest.approx(10 * 9 / 3 / 2)  # fused
-    assert updates_worth(replace(config, meta_batch_size=128)) == pytest.approx(10 * 12 / 3 * 2)  # streaming
+    config = replace(SMOKE, steps=10, meta_batch_size=32, batch_size=64, measured_images=192)  # three updates' worth
+    assert updates_worth(config) == pytest.approx(3 + 10 * 9 / 3 / 2)  # fused
+    assert updates_worth(replace(config, meta_batch_size=128)) == pytest.approx(3 + 10 * 12 / 3 * 2)  # streaming
     # four windows of L = 32, the outer reaching 16 images, the inner 32 beyond: 1.75 batches
     parts = replace(config, meta_batch_size=128, splits=4, overlap=0.5)
-    assert updates_worth(parts) == pytest.approx(10 * 9 / 3 * 2 * 1.75)
+    assert updates_worth(parts) == pytest.approx(3 + 10 * 9 / 3 * 2 * 1.75)
 
 
 def test_guessing():

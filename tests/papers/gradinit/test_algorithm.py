@@ -146,13 +146,26 @@ def check_released_ties(module):
     n = gradient_norm(g, "l2")
     ahead = {name: leaf - 0.3 * g[name] / n for name, leaf in theta.items()}
 
-    def by_hand(second):
+    def value_by_hand(second):
         h = torch.tanh(x @ ahead["first.weight"].T + ahead["first.bias"])
         h = (h @ second.T + ahead["second.bias"]).tanh().flatten(1)
-        return nn.functional.cross_entropy(h @ ahead["head.weight"].T + ahead["head.bias"], y).item()
+        return nn.functional.cross_entropy(h @ ahead["head.weight"].T + ahead["head.bias"], y)
+
+    by_hand = lambda second: value_by_hand(second).item()
 
     assert results["paper"].history[0]["look_ahead_loss"] == pytest.approx(by_hand(ahead["first.weight"]), rel=1e-12)
     assert results["released"].history[0]["look_ahead_loss"] == pytest.approx(by_hand(theta["first.weight"]), rel=1e-12)
+
+    # d is of both uses, and the step a constant: with ε far above |d|, m − 1 = −τ d/(|d| + ε)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in theta.items()}
+    ahead = {name: leaf - (0.3 * g[name] / n).detach() for name, leaf in leaves.items()}
+    for variant, second in (("paper", ahead["first.weight"]), ("released", leaves["first.weight"])):
+        u = torch.autograd.grad(value_by_hand(second), list(leaves.values()), retain_graph=True)
+        d = {name: ((leaf * slope).sum() / 0.3).item() for (name, leaf), slope in zip(theta.items(), u, strict=True)}
+        told = options | {"variant": variant, "lr": 1e3, "eps": 1e6, "clip": None}
+        scales = module.gradinit(copy.deepcopy(model), **told).scales
+        assert len({round(scale, 6) for scale in scales.values()}) > 1
+        assert scales == pytest.approx({k: 1 - 1e3 * d[k] / (abs(d[k]) + 1e6) for k in scales}, rel=1e-10)
 
 
 class Slope(nn.Module):
@@ -191,6 +204,7 @@ MUTANTS = {
     "released in the paper's place": ('if variant == "released" else None\n', 'if variant == "paper" else None\n'),
     "never stuck": ('stuck_at_zero=variant == "released"', "stuck_at_zero=False"),
     "always stuck": ('stuck_at_zero=variant == "released"', "stuck_at_zero=True"),
+    "unstepped use without a slope": ("name: theta[tied_to] for", "name: theta[tied_to].detach() for"),
     "S in the place of S̃": ("check_next_batch(model, other(), c", "check_next_batch(model, batch, c"),
     "no clipping": ("clip=clip, shared", "clip=None, shared"),
     "running statistics of the moments": ("betas=betas, eps=eps", "betas=(0.5, 0.5), eps=eps"),
@@ -510,8 +524,12 @@ GOOD = [(X, Y)]
         ({"step": "momentum"}, ValueError, r"`step` must be one of .*, got 'momentum'. Or pass a function"),
         ({"step": 3}, TypeError, r"`step` must be a name or a function, got int"),
         ({"step": lambda g: 3}, ValueError, r"must map a gradient .* to a direction .*, got int"),
-        ({"step": lambda g: {"w": 1.0}}, ValueError, r"got dict with other names or shapes"),
-        ({"step": lambda g: dict(list(g.items())[1:])}, ValueError, r"got dict with other names or shapes"),
+        ({"step": lambda g: {"w": 1.0}}, ValueError, r"got dict with other names"),
+        ({"step": lambda g: dict(list(g.items())[1:])}, ValueError, r"got dict with other names"),
+        ({"step": lambda g: {k: v.flatten() for k, v in g.items()}}, ValueError,
+         r"got float64 of shape \(24,\) on cpu for '0\.weight', where the gradient is float64 of shape \(6, 4\)"),
+        ({"step": lambda g: {k: v.float() for k, v in g.items()}}, ValueError, r"got float32 of shape \(6, 4\)"),
+        ({"step": lambda g: {k: v.numpy() for k, v in g.items()}}, ValueError, r"got ndarray for '0\.weight'"),
         ({"gamma": 0.0}, ValueError, r"`gamma` \(the gradient-norm bound γ\) must be positive, got 0.0.*'inf'"),
         ({"gamma": -1.0}, ValueError, r"must be positive, got -1.0"),
         ({"gamma": math.nan}, ValueError, r"must be positive, got nan"),
@@ -612,11 +630,24 @@ def test_a_layer_without_a_second_derivative_is_named():
 def test_a_layer_that_torch_would_differentiate_in_part_is_refused():
     model = nn.Sequential(nn.Linear(4, 6), CubedOnce(), nn.Linear(6, 3))
     before = state_of(model)
-    with pytest.raises(DerivativeError, match=r"once_differentiable.*Or pass engine='finite_difference'"):
+    with pytest.raises(DerivativeError, match=r"once_differentiable.* fails: engine='finite_difference'"):
         gradinit(model, batches=GOOD, steps=2, gamma=1e-9, **QUIET)
     assert_same_state(model, before)
     gradinit(model, batches=GOOD, steps=2, gamma=1e-9, engine="finite_difference", **QUIET)
     gradinit(model, batches=GOOD, steps=2, gamma=math.inf, **QUIET)  # no second derivative is taken
+
+
+def test_a_graph_of_the_gradient_is_kept_only_for_the_constraint(monkeypatch):
+    # also in the first iteration, which has checks of its own
+    kept = []
+    real = torch.autograd.grad
+    watched = lambda *a, create_graph=False, **o: kept.append(create_graph) or real(*a, create_graph=create_graph, **o)
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    gradinit(mlp(4, 6, 3), batches=GOOD, steps=3, gamma=1e9, **QUIET)
+    assert kept == [False] * 6
+    kept.clear()
+    gradinit(mlp(4, 6, 3), batches=GOOD, steps=2, gamma=1e-9, **QUIET)
+    assert any(kept)
 
 
 def test_an_infinite_look_ahead_loss_ends_the_search():
@@ -681,6 +712,15 @@ def test_one_module_under_two_names_is_stepped_as_a_whole_in_the_released_varian
 
 
 # ------------------------------------------------------------------------------- the gradient's variance
+def test_a_gradient_that_is_not_finite_has_no_variance():
+    loss = lambda theta, x: (theta["w"] * x).sum() + theta["fine"].sum() * 0
+    theta = {"w": torch.ones(1), "fine": torch.ones(1)}
+    for bad in (math.nan, math.inf):
+        found = relative_gradient_variance(loss, theta, [torch.tensor([bad]), torch.tensor([1.0])])
+        assert math.isnan(found["w"])
+        assert found["fine"] == 0
+
+
 def test_relative_gradient_variance():
     # g_S are the inputs themselves: mean (2, 0), deviations (−1, 1), (1, −1): s² = (2 + 2)/1, ‖ḡ‖² − s²/2 = 4 − 2
     loss = lambda theta, x: (theta["w"] * x).sum() + 0 * theta["idle"]

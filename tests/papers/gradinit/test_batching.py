@@ -1,5 +1,7 @@
 """Pairs of half-overlapping batches: sizes, overlap, consumption, restarts, errors; and mutants that must die."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,6 +57,9 @@ def check_a_short_tail_sits_out(module):
     pairs = module.batch_pairs(epoch(10, 4))  # 4, 4, 2
     seen = [next(pairs)[0].tolist() for _ in range(4)]
     assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+    for n, firsts in ((10, [[0, 1], [4, 5]]), (11, [[0, 1], [4, 5], [8, 9]])):  # two have no third, three have
+        pairs = module.batch_pairs(epoch(n, 4), "thirds")
+        assert [next(pairs)[0].tolist() for _ in range(2 * len(firsts))] == 2 * firsts
 
 
 CHECKS = [check_halves, check_unused_examples_are_not_drawn, check_disjoint, check_thirds, check_a_short_tail_sits_out]
@@ -70,6 +75,8 @@ MUTANTS = {
     ),
     "quarter": ("q = N // 3", "q = N // 4"),
     "rounded up": ("q = N // 3", "q = -(-N // 3)"),
+    "thirds of two": ("if N < 3 and begun:", "if N < 2 and begun:"),
+    "thirds of four or more": ("if N < 3 and begun:", "if N < 4 and begun:"),
     "S of one third": ("yield _part(batch, 0, 2 * q)", "yield _part(batch, 0, q)"),
     "S̃ without overlap": ("_part(batch, q, N)", "_part(batch, 2 * q, N)"),
     "S̃ short of its tail": ("_part(batch, q, N)", "_part(batch, q, 3 * q)"),
@@ -116,6 +123,39 @@ def test_sizes_overlap_and_order(half, whole, tail, needed):
     assert len(drawn) == sum(3 * half if is_needed else n for is_needed in needed)
     expected = list(range(whole * n)) * (len(drawn) // (whole * n) + 1)
     assert drawn == expected[: len(drawn)]
+
+
+@given(st.integers(1, 6), st.integers(2, 5), st.lists(st.booleans(), min_size=1, max_size=12))
+def test_disjoint_pairs_share_nothing_and_use_twice_the_examples(half, whole, needed):
+    # invariant 15
+    n = 2 * half
+    pairs, drawn = batch_pairs(epoch(whole * n, n), "disjoint"), []
+    for is_needed in needed:
+        S, other = next(pairs)
+        assert len(S) == n
+        drawn += S.tolist()
+        if is_needed:
+            S_tilde = other().tolist()
+            assert len(S_tilde) == n
+            assert not set(S_tilde) & set(S.tolist())
+            drawn += S_tilde
+    assert len(drawn) == n * sum(2 if is_needed else 1 for is_needed in needed)
+    expected = list(range(whole * n)) * (len(drawn) // (whole * n) + 1)
+    assert drawn == expected[: len(drawn)]
+
+
+@given(st.lists(st.integers(3, 20), min_size=1, max_size=5))
+def test_thirds_share_the_middle_one_and_use_every_example(sizes):
+    # invariant 15: S = [0, 2q), S̃ = [q, N) of each batch, whatever its size
+    ends = torch.tensor([0, *sizes]).cumsum(0)
+    collection = [torch.arange(a, b) for a, b in pairwise(ends.tolist())]
+    for batch, (S, other) in zip(collection, batch_pairs(collection, "thirds"), strict=False):
+        q = len(batch) // 3
+        S_tilde = other()
+        assert len(S) == 2 * q
+        assert len(S_tilde) == len(batch) - q
+        assert len(set(S.tolist()) & set(S_tilde.tolist())) == q
+        assert torch.equal(torch.cat([S, S_tilde]).unique(), batch)
 
 
 def test_batches_of_any_nesting():

@@ -170,6 +170,25 @@ def check_a_users_step(module):
                 gradient(scalar_loss, scaled(THETA0, SCALES), S)["c"]))  # fmt: skip
 
 
+def check_a_look_ahead_of_ones_own(module):
+    # one tensor used twice, where it was stepped and where it was not: d is of both uses, and the step is a constant
+    own = lambda stepped, theta, batch: scalar_loss({"a": stepped["a"] * theta["a"], "c": stepped["c"]}, batch)
+    theta = scaled(THETA0, SCALES)
+    g = gradient(scalar_loss, theta, S)
+    A = tree_map(lambda leaf: leaf / flatten(g).norm(), g)
+    moved = lambda theta: own(tree_map(lambda t, a: t - ETA * a, theta, A), theta, S_TILDE)
+    u = torch.func.grad(moved)(theta)
+    expected = torch.stack([THETA0[name] * u[name] for name in THETA0]) / ETA
+    for engine in ENGINES:
+        for forecast in ("objective", "constraint"):
+            _, d, metrics = module.scale_gradients(
+                scalar_loss, THETA0, SCALES, S, S_TILDE, eta=ETA, gamma=math.inf, look_ahead=own, engine=engine,
+                expected=forecast,
+            )  # fmt: skip
+            assert_close(vector(d), expected, rtol=1e-10, atol=1e-12)
+            assert_close(metrics["look_ahead_loss"], moved(theta))
+
+
 def check_the_forecast_changes_nothing(module):
     for gamma in (0.0, math.inf):
         for exact in (False, True):
@@ -212,11 +231,14 @@ CHECKS = [
     check_branch_rule,
     check_other_tensors_count,
     check_a_users_step,
+    check_a_look_ahead_of_ones_own,
     check_the_forecast_changes_nothing,
     check_a_network,
 ]
 
 AHEAD = "return loss(tree_add(theta, A, scale=-eta), other_batch)"
+OWN_AHEAD = "ahead, leaves = look_ahead(stepped, theta, other_batch)"
+DETACHED = "g_now = tree_map(torch.Tensor.detach, g)"
 LAZY_AHEAD = "stepped = tree_add(theta, step_direction(g_now, step), scale=-eta)"
 CORRECTION = "u = tree_add(u, hessian_times(w), scale=-eta)"
 UNSCALED_STAY = "stepped = {k: stepped[k] if k in scales else theta[k] for k in theta}"
@@ -234,6 +256,9 @@ MUTANTS = {
     "sign lost": ("return tree_map(torch.sign, g)", "return tree_map(torch.ones_like, g)"),
     "step not detached": ("A = tree_map(torch.Tensor.detach, A)", "pass"),
     "step always detached": ("    if not exact:\n        A = tree_map", "    if True:\n        A = tree_map"),
+    "step not detached, lazy": (DETACHED, "g_now = g"),
+    "use of the stepped alone": (f"{OWN_AHEAD}, theta", f"{OWN_AHEAD}, stepped"),
+    "use of the unstepped in its place": (OWN_AHEAD, OWN_AHEAD.replace("stepped", "theta")),
     "ascent": (AHEAD, AHEAD.replace("-eta", "eta")),
     "look-ahead on S": (AHEAD, AHEAD.replace("other_batch", "batch")),
     "ascent, lazy": (LAZY_AHEAD, LAZY_AHEAD.replace("-eta", "eta")),
@@ -492,7 +517,7 @@ def test_arithmetic_in_forward_passes(norm):
     # at most what the docstring says; a little less, as the first layer's input needs no gradient
     bounds = {
         ("lazy", 0.0, "constraint"): 9, ("lazy", 0.0, "objective"): 11, ("lazy", math.inf, "objective"): 6,
-        ("lazy", math.inf, "constraint"): 6, ("nested", 0.0, "objective"): 12, ("nested", math.inf, "objective"): 6,
+        ("lazy", math.inf, "constraint"): 6, ("nested", 0.0, "objective"): 12, ("nested", math.inf, "objective"): 9,
         ("finite_difference", 0.0, "objective"): 6, ("finite_difference", math.inf, "objective"): 6,
     }  # fmt: skip
     for (engine, gamma, expected), bound in bounds.items():
@@ -525,6 +550,23 @@ def test_the_other_batch_is_drawn_only_where_it_is_needed():
     _, d, _ = scale_gradients(scalar_loss, THETA0, SCALES, S, other, gamma=math.inf)
     assert drawn == [1]
     assert_close(d, scale_gradients(scalar_loss, THETA0, SCALES, S, S_TILDE, gamma=math.inf)[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": "normalised_sgd"}, r"`step` must be one of 'normalized_sgd', 'sgd', 'adam', got 'normalised_sgd'"),
+        ({"norm": "l3"}, r"`norm` must be one of 'l1', 'l2', got 'l3'"),
+        ({"engine": "fast"}, r"scale_gradients: `engine` must be one of 'nested', .*, got 'fast'"),
+        ({"expected": "Constraint"}, r"`expected` must be one of 'objective', 'constraint', got 'Constraint'"),
+        ({"exact": True, "look_ahead": lambda stepped, theta, batch: scalar_loss(stepped, batch)},
+         r"`exact` differentiates L\(S̃; θ'\) alone, got a `look_ahead` too"),
+    ],
+)  # fmt: skip
+def test_options_of_another_name_are_refused(options, message):
+    plain = mutated(objective, "def norm_of", "def norm_of")  # as a user meets it, without the tests' checks of types
+    with pytest.raises(ValueError, match=message):
+        plain.scale_gradients(scalar_loss, THETA0, SCALES, S, S_TILDE, gamma=math.inf, **options)
 
 
 @pytest.mark.parametrize(

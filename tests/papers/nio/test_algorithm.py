@@ -7,6 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
@@ -21,13 +23,13 @@ from tests.papers.models import CubedOnce, assert_same_state, mlp, state_of
 from tests.papers.networks import NETWORKS, Tied, make, sequences
 
 QUIET = {"progress": False}
-COUPLED = r"BatchNorm couples the examples of a batch, so gradients of 4 sub-batches are compared"
+COUPLED = r"BatchNorm couples the examples of a batch, so gradients of 4 sub-batches \(.*\) are compared"
 UNMAPPED = r"torch.func.vmap cannot follow this model, so examples are gone through one by one"
 
 
-def batches_like(batch, count: int = 5, size: int = 6) -> list:
+def batches_like(batch, count: int = 5, size: int = 6, seed: int = 7) -> list:
     """Random batches of one size, with inputs and labels like those of `batch`."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     x, y = batch
     return [
         (
@@ -206,7 +208,7 @@ def check_released(module):
     in_gradient = lambda name: not name.startswith("norm")
     result = compare(
         module, Normed(), batches,
-        {"variant": "released", "splits": 4, "overlap": 0.3, "objective": "gc_gn_sqrt", "gamma": 1.2, "lr": 0.1},
+        {"variant": "released", "splits": 4, "overlap": 0.3, "gamma": 1.2, "lr": 0.1},
         groups=groups, in_gradient=in_gradient, J=lambda GC, GN, GV, r: -GC - sum(r), shared=True, stuck=True,
     )  # fmt: skip
     assert {"norm.weight", "norm.bias"} <= set(result.scales)
@@ -282,10 +284,11 @@ def check_explicit_options_win(module):
     compare(
         module, Normed(), batches,
         {"variant": "released", "splits": 4, "overlap": 0.5, "gamma": 1.05, "rule": "intended",
-         "coupling": "independent", "grad_params": "all"},
+         "coupling": "independent", "grad_params": "all", "objective": "gc"},
         groups=[slice(0, 3), slice(1, 5), slice(3, 7), slice(5, 8)], in_gradient=in_gradient, stuck=True,
     )  # fmt: skip
-    paper = {"rule": "released", "coupling": "shared", "grad_params": "released", "splits": 4, "overlap": 0.3}
+    paper = {"rule": "released", "coupling": "shared", "grad_params": "released", "objective": "gc_gn_sqrt"}
+    paper |= {"splits": 4, "overlap": 0.3}
     results = [
         module.nio(copy.deepcopy(Normed()), batches=batches, steps=3, **options, **QUIET)
         for options in (paper, {"variant": "released", "splits": 4, "overlap": 0.3})
@@ -332,6 +335,8 @@ MUTANTS = {
     "without multipliers": ("                m,\n", "                {k: v * 0 + 1 for k, v in m.items()},\n"),
     "no overlap": ("windows(B, splits, overlap, rule=rule)", "windows(B, splits, rule=rule)"),
     "rule at its default": ("windows(B, splits, overlap, rule=rule)", "windows(B, splits, overlap)"),
+    "objectives swapped": ('"gc_gn_sqrt" if released else "gc"', '"gc" if released else "gc_gn_sqrt"'),
+    "the paper's objective for the released one": ('"gc_gn_sqrt" if released else "gc"', '"gc"'),
     "rules swapped": ('rule = "released" if released else "intended"', 'rule = "intended" if released else "released"'),
     "couplings swapped": ('coupling = "shared" if released else "independent"', 'coupling = "independent"'),
     "gradient's tensors swapped": (GRAD_PARAMS, GRAD_PARAMS.replace('"released" if', '"all" if')),
@@ -391,10 +396,12 @@ def test_nothing_moves_without_steps_or_rate(options):
     assert set(result.scales.values()) == {1.0}
 
 
-@pytest.mark.parametrize("gamma", [1e-9, math.inf])
-def test_which_branch_is_taken(gamma):
+@settings(max_examples=6)
+@given(st.sampled_from([1e-9, math.inf]), st.integers(0, 2**31 - 1))
+def test_which_branch_is_taken(gamma, seed):
     # invariant 17: a bound that is never met, and one that is always exceeded, so that GN goes down on a fixed batch
-    history = nio(start_mlp(), batches=BATCHES[:1], steps=12, lr=0.01, gamma=gamma, **QUIET).history
+    batches = batches_like(BATCHES[0], 1, seed=seed)
+    history = nio(start_mlp(), batches=batches, steps=6, lr=0.005, gamma=gamma, **QUIET).history
     norms = [entry["grad_norm"] for entry in history]
     assert {entry["constraint"] for entry in history} == {float(gamma < 1)}
     if gamma < 1:
@@ -411,6 +418,16 @@ def test_the_cosine_rises_on_a_fixed_batch(name):
     assert measure(pure_loss(model), parameters_of(model), batch)["grad_cosine"] > cosines[0]
 
 
+@settings(max_examples=6)
+@given(st.integers(0, 2**31 - 1))
+def test_the_cosine_rises_whatever_the_network_and_batch(seed):
+    # invariant 18
+    torch.manual_seed(seed)
+    model = mlp(4, 8, 6, 3)
+    history = nio(model, batches=batches_like(BATCHES[0], 1, seed=seed), steps=5, lr=0.001, **QUIET).history
+    assert all(later["grad_cosine"] > earlier["grad_cosine"] for earlier, later in pairwise(history))
+
+
 @pytest.mark.parametrize("objective", ["gv", "gc_gn", "gc_gn_sqrt", "gv_gn_sqrt", "gv_gn"])
 def test_every_objective_is_lowered_on_a_fixed_batch(objective):
     model = start_mlp()
@@ -424,7 +441,9 @@ def test_every_objective_is_lowered_on_a_fixed_batch(objective):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_directions_bounds_buffers_and_modes(name):
+@settings(max_examples=2)
+@given(seed=st.integers(0, 2**31 - 1), lr=st.floats(0.01, 0.5), gamma=st.floats(0.1, 10.0))
+def test_directions_bounds_buffers_and_modes(name, seed, lr, gamma):
     # invariant 19
     model, batch = make(name)
     model.float()
@@ -435,8 +454,8 @@ def test_directions_bounds_buffers_and_modes(name):
     model.train()
     next(model.children()).eval()
     before, start = state_of(model), copy.deepcopy(dict(model.named_parameters()))
-    batches = [(x.float(), y) for x, y in batches_like(batch, size=8)]
-    result, caught = warned(lambda: nio(model, batches=batches, steps=5, lr=0.3, gamma=2.0, **QUIET))
+    batches = [(x.float(), y) for x, y in batches_like(batch, size=8, seed=seed)]
+    result, caught = warned(lambda: nio(model, batches=batches, steps=3, lr=lr, gamma=gamma, **QUIET))
     assert [str(w.message).split(", so")[0] for w in caught] == (
         ["nio: BatchNorm couples the examples of a batch"] if name == "batch norm" else []
     )
@@ -600,6 +619,30 @@ def test_batch_norm_makes_sub_batches_and_says_so_once():
     assert given == result
 
 
+@pytest.mark.parametrize(("size", "splits"), [(9, 4), (7, 3), (4, 2)])
+def test_small_batches_with_batch_norm_are_cut_into_fewer(size, splits):
+    torch.manual_seed(0)
+    batches = batches_like(BATCHES[0], size=size)
+    model = Normed()
+    with pytest.warns(UserWarning, match=COUPLED):
+        result = nio(copy.deepcopy(model), batches=batches, steps=2, **QUIET)
+    assert result == nio(copy.deepcopy(model), batches=batches, steps=2, splits=splits, **QUIET)
+
+
+@pytest.mark.parametrize(("splits", "most"), [(None, 1), (4, 2)])
+def test_no_graph_is_as_large_as_the_batch(splits, most):
+    # of the batch as a whole only values are computed: a graph holds no more than one group, or a chunk of them
+    sizes = []
+
+    def loss_fn(model, batch):
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            sizes.append(len(batch[0]))
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    nio(mlp(4, 6, 3), loss_fn, batches_like(BATCHES[0], size=8), steps=2, splits=splits, chunk_size=1, **QUIET)
+    assert max(sizes) == most
+
+
 class Branching(nn.Module):
     """Control flow that depends on data."""
 
@@ -760,6 +803,14 @@ def test_batch_statistics_need_more_than_an_example(options, message):
     before = state_of(model)
     with pytest.raises(ValueError, match=message):
         nio(model, batches=GOOD, **options, **QUIET)
+    assert_same_state(model, before)
+
+
+def test_a_model_of_which_nothing_is_trainable():
+    model = mlp(4, 6, 3).requires_grad_(False)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"nio: at least one tensor must be trainable, got none\. Set `requires_grad`"):
+        nio(model, batches=GOOD, **QUIET)
     assert_same_state(model, before)
 
 

@@ -3,6 +3,7 @@
 import math
 import weakref
 from functools import partial
+from inspect import unwrap
 
 import pytest
 import torch
@@ -483,9 +484,12 @@ def test_shared_statistics_are_those_of_one_graph():
                 assert_close(metrics["grad_cosine"], brute_cosine(G).detach(), rtol=1e-9, atol=1e-11)
 
 
-def test_statistics_that_are_shared_couple_examples_and_others_do_not():
+@settings(max_examples=4)
+@given(seeds)
+def test_statistics_that_are_shared_couple_examples_and_others_do_not(seed):
     # invariant 15
-    model, losses, theta, batch = bn_problem()
+    model, losses, theta, (x, y) = bn_problem()
+    batch = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)), y
     mean = pure_loss(model, order=2)
     changed = (batch[0].clone(), batch[1])
     changed[0][4] *= -3.0
@@ -498,16 +502,18 @@ def test_statistics_that_are_shared_couple_examples_and_others_do_not():
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "batch norm"])
-def test_a_window_s_gradient_is_the_mean_of_its_examples_gradients(name):
+@settings(max_examples=2)
+@given(seeds, st.integers(1, 3))
+def test_a_window_s_gradient_is_the_mean_of_its_examples_gradients(name, seed, start):
     # invariant 15: and so both couplings are one where no layer looks across examples
     model, batch = make(name)
     theta0 = parameters_of(model)
-    m = random_scales(theta0)
+    m = random_scales(theta0, seed)
     loss = pure_loss(model, order=2)
     losses = pure_loss(
         model, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none"), order=2
     )
-    groups = [slice(0, 2), slice(1, 4), slice(3, 5)]
+    groups = [slice(0, 2), slice(start, 4), slice(3, 5)]
     by_example = group_gradients(loss, scaled(theta0, m), batch, mode="loop")
     G = rows({key: torch.stack([leaf[k].mean(0) for k in groups]) for key, leaf in by_example.items()})
     results = [
@@ -639,44 +645,48 @@ def test_cotangents_along_random_directions(seed, which, diagonal):
     assert_close((rows(v) * rows(w)).sum(), slope, rtol=1e-7, atol=1e-8)
 
 
-def test_the_derivative_is_a_sum_of_hessians_times_cotangents():
-    # invariants 10 (form c) and 11: ∂J/∂θ = Σ_i H_i v_i with dense H_i, and ∂J/∂m_k = ⟨θ₀_k, ∂J/∂θ_k⟩
-    theta0, m, batch = small_problem()
+@settings(max_examples=8)
+@given(seeds, st.sampled_from(OBJECTIVES), st.booleans(), st.sampled_from([None, 1, 3, 7, 12]))
+def test_the_derivative_is_a_sum_of_hessians_times_cotangents(seed, which, by_example, chunk):
+    # invariants 10 and 11: ∂J/∂θ = Σ_i H_i v_i with dense H_i, and ∂J/∂m_k = ⟨θ₀_k, ∂J/∂θ_k⟩
+    groups = EXAMPLES if by_example else WINDOWS
+    theta0, m, batch = small_problem(seed)
     theta = scaled(theta0, m)
     sizes = [leaf.numel() for leaf in theta.values()]
     unflat = lambda row: {k: p.view(theta[k].shape) for k, p in zip(theta, row.split(sizes), strict=True)}
     row = torch.cat([leaf.flatten() for leaf in theta.values()])
-    for groups in (EXAMPLES, WINDOWS):
-        parts = [tuple(leaf[k] for leaf in batch) for k in groups]
-        hessians = [torch.func.hessian(lambda row, part=part: small_loss(unflat(row), part))(row) for part in parts]
-        g = group_gradients(small_loss, theta, batch, groups)
-        for which in OBJECTIVES:
-            v = rows(cotangents(g, which, norm_weight=0.3))
-            slope = unflat(sum(H @ v[i] for i, H in enumerate(hessians)))
-            # form b: forward over reverse along the cotangents, without a Hessian
-            ahead = sum(
-                torch.func.jvp(lambda row, p=part: torch.func.grad(lambda r: small_loss(unflat(r), p))(row), (row,),
-                               (v[i],))[1] for i, part in enumerate(parts)
-            )  # fmt: skip
-            assert_close(unflat(ahead), slope, rtol=1e-9, atol=1e-12)
-            expected = torch.stack([(theta0[name] * slope[name]).sum() for name in m])
-            for chunk in (None, 2):
-                d = scale_gradients(
-                    small_loss, theta0, m, batch, groups=groups, objective=which, norm_weight=0.3, chunk_size=chunk
-                )[1]
-                assert_close(vector(d), expected, rtol=1e-9, atol=1e-12)
-            assert d["idle"] == 0
+    parts = [tuple(leaf[k] for leaf in batch) for k in groups]
+    hessians = [torch.func.hessian(lambda row, part=part: small_loss(unflat(row), part))(row) for part in parts]
+    g = group_gradients(small_loss, theta, batch, groups)
+    v = rows(cotangents(g, which, norm_weight=0.3))
+    slope = unflat(sum(H @ v[i] for i, H in enumerate(hessians)))  # form c
+    # form b: forward over reverse along the cotangents, without a Hessian
+    ahead = sum(
+        torch.func.jvp(lambda row, p=part: torch.func.grad(lambda r: small_loss(unflat(r), p))(row), (row,),
+                       (v[i],))[1] for i, part in enumerate(parts)
+    )  # fmt: skip
+    # form a: autograd of the double loop through one graph of everything
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in theta.items()}
+    J = brute_value(brute_gradients(small_loss, leaves, batch, groups), which, norm_weight=0.3)
+    whole = dict(zip(leaves, torch.autograd.grad(J, list(leaves.values()), materialize_grads=True), strict=True))
+    assert_close(unflat(ahead), slope, rtol=1e-9, atol=1e-12)
+    assert_close(whole, slope, rtol=1e-8, atol=1e-11)
+    d = scale_gradients(
+        small_loss, theta0, m, batch, groups=groups, objective=which, norm_weight=0.3, chunk_size=chunk
+    )[1]
+    assert_close(vector(d), torch.stack([(theta0[name] * slope[name]).sum() for name in m]), rtol=1e-9, atol=1e-12)
+    assert d["idle"] == 0
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
-def test_a_tensor_that_is_zero_has_no_slope(chunk):
+@settings(max_examples=8)
+@given(seeds, st.sampled_from([0.0, math.inf]), st.sampled_from([None, 1, 2, 12]))
+def test_a_tensor_that_is_zero_has_no_slope(seed, gamma, chunk):
     # invariant 11
-    theta0, m, batch = small_problem()
+    theta0, m, batch = small_problem(seed)
     theta0["v"] = torch.zeros(4)
-    for gamma in (0.0, math.inf):
-        d = scale_gradients(small_loss, theta0, m, batch, gamma=gamma, chunk_size=chunk)[1]
-        assert d["v"] == 0
-        assert d["A"].isfinite()
+    d = scale_gradients(small_loss, theta0, m, batch, gamma=gamma, chunk_size=chunk)[1]
+    assert d["v"] == 0
+    assert d["A"].isfinite()
 
 
 @settings(max_examples=5)
@@ -698,28 +708,41 @@ def test_a_layer_before_normalisation(seed, scale):
     assert (along.abs() <= 1e-6 * size + 1e-9).all()
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 2])
-def test_zero_gradients_are_no_trouble(chunk):
+@settings(max_examples=12)
+@given(seeds, st.integers(0, 2), st.sampled_from(OBJECTIVES), st.sampled_from([0.0, math.inf]),
+       st.sampled_from([None, 1, 2]))  # fmt: skip
+def test_zero_gradients_are_no_trouble(seed, dead, which, gamma, chunk):
     # invariant 20: an example without a gradient, and none with one
     loss = lambda theta, x: (theta["b"] * torch.tanh(x @ theta["w"])).mean()
-    theta0 = {"w": torch.tensor([0.5, -2.0]), "b": torch.tensor(1.5)}
+    generator = torch.Generator().manual_seed(seed)
+    theta0 = {"w": torch.randn(2, generator=generator), "b": torch.tensor(1.5)}
     m = {"w": torch.tensor(1.0), "b": torch.tensor(0.8)}
-    x = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, -1.0]])
-    for which in OBJECTIVES:
-        for gamma in (0.0, math.inf):
-            options = {"objective": which, "gamma": gamma, "chunk_size": chunk, "mode": "loop"}
-            _, d, metrics = scale_gradients(loss, theta0, m, x, **options)
-            assert vector(d).isfinite().all()
-            assert (vector(d) != 0).all()
-            assert metrics["norm_ratio"] == math.inf
-            assert all(value.isfinite() for name, value in metrics.items() if name != "norm_ratio")
-            _, d, metrics = scale_gradients(loss, theta0, m, torch.zeros(3, 2), **options)
-            assert not vector(d).any()
-            assert metrics["grad_cosine"] == metrics["grad_norm"] == 0
+    x = torch.randn(3, 2, generator=generator)
+    x[dead] = 0
+    options = {"objective": which, "gamma": gamma, "chunk_size": chunk, "mode": "loop"}
+    _, d, metrics = scale_gradients(loss, theta0, m, x, **options)
+    assert vector(d).isfinite().all()
+    assert (vector(d) != 0).all()
+    assert metrics["norm_ratio"] == math.inf
+    assert all(value.isfinite() for name, value in metrics.items() if name != "norm_ratio")
+    _, d, metrics = scale_gradients(loss, theta0, m, torch.zeros(3, 2), **options)
+    assert not vector(d).any()
+    assert metrics["grad_cosine"] == metrics["grad_norm"] == 0
     # the zero gradient's own derivative counts in no objective: as if only the others were differentiated
-    G = group_gradients(loss, theta0, x)
-    v = cotangents(G)
-    assert not rows(v)[1].any()
+    v = cotangents(group_gradients(loss, theta0, x), which)
+    assert which.startswith("gv") or not rows(v)[dead].any()
+
+
+@settings(max_examples=10)
+@given(seeds, st.floats(0.2, 3.0), st.sampled_from([None, 1, 3, 12]))
+def test_the_norm_decides_which_branch_is_taken(seed, factor, chunk):
+    # invariant 17; at γ = GN itself `check_branch_rule`
+    theta0, m, batch = small_problem(seed)
+    GN = grad_norm(group_gradients(small_loss, scaled(theta0, m), batch)).item()
+    for gamma, expected in ((factor * GN, factor < 1), (0.0, True), (math.inf, False)):
+        branch, _, metrics = scale_gradients(small_loss, theta0, m, batch, gamma=gamma, chunk_size=chunk)
+        assert metrics["grad_norm"].item() == pytest.approx(GN, rel=1e-12)
+        assert branch == ("constraint" if expected else "objective") or factor == pytest.approx(1, rel=1e-9)
 
 
 @settings(max_examples=4)
@@ -780,8 +803,7 @@ def test_no_graph_is_kept_from_one_chunk_to_the_next(monkeypatch):
     monkeypatch.setattr(objective, "group_gradients", watched)
     theta0, m, batch = small_problem()
     scale_gradients(small_loss, theta0, m, batch, chunk_size=1, mode="loop")
-    assert len(most) == 14
-    assert max(most) <= len(theta0)  # those of the chunk before, which the loop's own names still hold
+    assert most == [0] * 14
 
 
 # ------------------------------------------------------------------------------- errors
@@ -802,6 +824,31 @@ def test_no_graph_is_kept_from_one_chunk_to_the_next(monkeypatch):
         (lambda: scale_gradients(lambda t, x: (t["w"] - 1).sqrt().sum() + t["b"].sum() * x.sum(), {"w": torch.ones(2),
                                  "b": torch.ones(1)}, {"w": torch.tensor(1.0)}, torch.ones(3, 2), chunk_size=1),
          NotFiniteError, r"got a mean norm of inf, in w\."),
+        # as a user meets them, without the tests' own checks of types
+        (lambda: unwrap(measure)(small_loss, *small_problem()[::2], groups=[slice(0, 7)]), ValueError,
+         r"measure: there must be two groups or more to compare, got 1"),
+        (lambda: unwrap(measure)(small_loss, *small_problem()[::2], chunk_size=0), ValueError,
+         r"measure: `chunk_size` must be a whole number, 1 or more, got 0"),
+        (lambda: unwrap(measure)(small_loss, *small_problem()[::2], coupling="Shared"), ValueError,
+         r"measure: `coupling` must be one of 'independent', 'shared', got 'Shared'"),
+        (lambda: unwrap(scale_gradients)(small_loss, *small_problem(), objective="gn"), ValueError,
+         r"scale_gradients: `objective` must be one of 'gc', .*'gv_gn_sqrt', got 'gn'"),
+        (lambda: unwrap(scale_gradients)(small_loss, *small_problem(), coupling="none"), ValueError,
+         r"got 'none'"),
+        (lambda: unwrap(scale_gradients)(small_loss, *small_problem(), chunk_size=0), ValueError,
+         r"scale_gradients: `chunk_size` must be a whole number, 1 or more, got 0"),
+        (lambda: unwrap(scale_gradients)(small_loss, *small_problem(), gamma=math.nan), ValueError,
+         r"`gamma` \(the bound γ on GN\) must be 0 or more, got nan"),
+        (lambda: unwrap(scale_gradients)(small_loss, *small_problem(), gamma=None), TypeError,
+         r"must be a number, got None"),
+        (lambda: unwrap(scale_gradients)(small_loss, *small_problem(), groups=[slice(0, 4), slice(4, 9)]), ValueError,
+         r"groups must lie in the batch of 7 examples, got slice\(4, 9, None\)"),
+        (lambda: unwrap(objective_value)(random_gradients(0), "gn"), ValueError,
+         r"objective_value: `objective` .* got 'gn'"),
+        (lambda: unwrap(cotangents)(random_gradients(0), "gc_gn_sqr"), ValueError,
+         r"cotangents: `objective` .* got 'gc_gn_sqr'"),
+        (lambda: unwrap(cotangents)(random_gradients(0, 1)), ValueError,
+         r"cotangents: .*two gradients or more .* got 1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, error, message):
