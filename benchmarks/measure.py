@@ -97,7 +97,10 @@ def _resident(field: str) -> int:
 def run_sections(
     sections: dict[str, Callable[[], dict[str, Any]]], name: str, device: torch.device, *, save: bool
 ) -> None:
-    """Measure, show and record each section; rows that were not measured this time stay in the file."""
+    """Measure, show and record each section; rows that were not measured this time stay in the file.
+
+    Each row says where and when it was measured; the section says so of those that were measured last.
+    """
     console = Console(width=110)
     path = RESULTS / f"{name}-{device.type}.json"
     results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -105,14 +108,12 @@ def run_sections(
         measured = measure()
         about = (getattr(measure, "func", measure).__doc__ or "").strip()
         show(console, f"{section}: {about}", measured)
-        kept = results.get(section, {}).get("results", {})
-        results[section] = {
-            "about": about,
-            "machine": device_name(device),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "results": kept | measured,
-        }
+        old = results.get(section, {})
+        then = {key: old[key] for key in ("machine", "torch", "date") if key in old}
+        now = {"machine": device_name(device), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+        kept = {label: then | row for label, row in old.get("results", {}).items()}
+        rows = kept | {label: row | now for label, row in measured.items()}
+        results[section] = {"about": about, **now, "results": rows}
         if save:
             path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 

@@ -94,8 +94,10 @@ def tape(
     }
 
 
-def check_twice_differentiable(loss: PureLoss, params: Params, batch: Batch, caller: str) -> None:
-    """Refuse a gradient that torch would differentiate in part, without a word.
+def check_differentiable(
+    loss: PureLoss, params: Params, batch: Batch, caller: str, *, order: Literal[2, 3] = 2
+) -> None:
+    """Refuse what torch would differentiate in part, without a word: a gradient, or with order 3 a product H g too.
 
     A backward marked `once_differentiable` leaves a node that raises when it is run, and a gradient for named tensors
     does not run it.
@@ -104,7 +106,15 @@ def check_twice_differentiable(loss: PureLoss, params: Params, batch: Batch, cal
         DerivativeError: The loss holds such a layer.
     """
     leaves = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
-    waiting = [leaf.grad_fn for leaf in tape(loss(leaves, batch), leaves).values()]
+    outputs = tape(loss(leaves, batch), leaves)
+    _refuse_once_differentiable(outputs, caller, "second")
+    if order == 3:
+        # along g itself: a direction that requires no gradient would leave no such node
+        _refuse_once_differentiable(tape(outputs, leaves, outputs), caller, "third")
+
+
+def _refuse_once_differentiable(outputs: Params, caller: str, ordinal: str) -> None:
+    waiting = [leaf.grad_fn for leaf in outputs.values()]
     seen = set()
     while waiting:
         node = waiting.pop()
@@ -113,9 +123,9 @@ def check_twice_differentiable(loss: PureLoss, params: Params, batch: Batch, cal
         seen.add(node)
         if node.name().endswith("autograd::Error"):
             raise DerivativeError(
-                f"{caller}: every layer must have a second derivative, got one whose backward is once_differentiable: "
-                "torch would leave it out without a word. `common.guard.check_derivatives` names it. Write its "
-                "backward in differentiable operations. The model is unchanged."
+                f"{caller}: every layer must have a {ordinal} derivative, got a backward that is once_differentiable: "
+                "torch would leave it out, without a word. `common.guard.check_derivatives` names it. Write it in "
+                "differentiable operations. The model is unchanged."
             )
         waiting += [following for following, _ in node.next_functions]
 

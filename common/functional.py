@@ -6,8 +6,8 @@ dropout's randomness comes from, which buffers may be written (none of the user'
 
 import copy
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -20,8 +20,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from common.batches import map_tensors, tensors_of
 from common.batchnorm import CarriedStatistics, Slots, running_statistics
+from common.derivatives import micro_batches
 from common.diagnosis import explained, label
 from common.exact import exact_derivatives
+from common.options import check_choice
 from common.precision import in_float64
 from common.types import Batch, DerivativeError, NotFiniteError, Params, PureLoss, UserLoss
 
@@ -48,10 +50,11 @@ def parameters_of(model: nn.Module, *, dtype: torch.dtype | None = None) -> Para
 def load_parameters_(model: nn.Module, params: Params) -> None:
     """Write `params` into the model in place, so that ties, hooks and optimizers' references survive.
 
-    Everything is checked before anything is written.
+    All of them or, on any error, none.
 
     Raises:
         ValueError: A name the model does not have, or a shape that differs.
+        RuntimeError: A parameter that cannot be written (an expanded view, say).
     """
     own = dict(model.named_parameters())
     for name, value in params.items():
@@ -61,8 +64,44 @@ def load_parameters_(model: nn.Module, params: Params) -> None:
             raise ValueError(
                 f"load_parameters_: {name!r} must have shape {tuple(own[name].shape)}, got {tuple(value.shape)}."
             )
-    for name, value in params.items():
-        own[name].copy_(value)
+    with unchanged_on_error(own[name] for name in params):
+        for name, value in params.items():
+            own[name].copy_(value)
+
+
+@contextmanager
+def unchanged_on_error(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """On any error within, an interrupt too, the tensors have the values that they had before."""
+    before = [(leaf, leaf.detach().clone()) for leaf in leaves]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for leaf, value in before:
+                put_back_(leaf, value)
+        raise
+
+
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while; afterwards each module is in the mode that it was in."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+
+
+def put_back_(leaf: Tensor, value: Tensor) -> None:
+    """Write only what has changed, bit for bit: a tensor that cannot be written (an expanded view) has not."""
+    if not torch.equal(_bits(leaf), _bits(value)):
+        leaf.copy_(value)
+
+
+def _bits(leaf: Tensor) -> Tensor:
+    return leaf.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def pure_loss(
@@ -99,8 +138,8 @@ def pure_loss(
 
     Raises:
         TypeError: The model is wrapped, quantised, or not yet initialised (lazy).
-        ValueError: Unknown `batch_norm` or `dtype`, or a model that cannot be copied. When called: a name that is none
-            of the model's parameters, or statistics of other names than the model's.
+        ValueError: Unknown `batch_norm`, `dtype` or `order`, or a model that cannot be copied. When called: a name that
+            is none of the model's parameters, or statistics of other names than the model's.
         DerivativeError: When called: a layer does what `torch.func` cannot follow, or changes a parameter in place.
     """
     check_bare(model, "pure_loss")
@@ -108,6 +147,7 @@ def pure_loss(
         raise ValueError(f"pure_loss: `batch_norm` must be 'batch' or 'running', got {batch_norm!r}.")
     if dtype not in (None, torch.float64):
         raise ValueError(f"pure_loss: `dtype` must be None or torch.float64, got {dtype}.")
+    check_choice("pure_loss", "order", order, (2, 3))
     call = _pure_call(model, loss_fn, batch_norm, exact=exact, seed=seed, dtype=dtype, order=order)
 
     def loss(params: Params, batch: Batch, *, seed: int | None = seed, statistics: Params | None = None) -> Tensor:
@@ -428,28 +468,47 @@ def check_first_batch(
     batch_norm: BatchNormMode,
     seed: int | None = None,
     exact: bool = True,
-) -> None:
-    """Two forward passes before anything is computed: devices agree, labels fit, the loss is one finite number."""
+    micro_batch_size: int | None = None,
+) -> int | None:
+    """Before anything is computed: devices agree, labels fit, the loss is one finite number, and the same twice.
+
+    Three forward passes without a graph, or two where the loss is the user's; `micro_batch_size` examples at a time.
+
+    Returns:
+        The number of classes, where the loss is `classification_loss`.
+    """
     check_devices(model, batch, caller)
+    classes = None
     if loss_fn is classification_loss:
-        _check_classification(model, batch, caller, batch_norm)
-    loss = pure_loss(model, loss_fn, batch_norm=batch_norm, seed=seed, exact=exact)
-    value = loss({}, batch)
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{caller}: `loss_fn` must return a scalar tensor, the mean over examples, got {got}.")
+        classes = _check_classification(model, batch, caller, batch_norm, micro_batch_size)
+    of_piece = pure_loss(model, loss_fn, batch_norm=batch_norm, seed=seed, exact=exact)
+
+    def loss() -> Tensor:
+        total: Tensor | None = None
+        for weight, piece in micro_batches(batch, micro_batch_size):
+            value = of_piece({}, piece)
+            if not isinstance(value, Tensor) or value.ndim != 0:
+                got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{caller}: `loss_fn` must return a scalar tensor, the mean over examples, got {got}.")
+            total = weight * value if total is None else total + weight * value
+        assert total is not None
+        return total
+
+    value = loss()
     if not value.isfinite():
         raise NotFiniteError(
             f"{caller}: the loss must be finite, got {value.item()} at the first batch (step 1). Likely causes: "
             "weights so large that activations overflow (scale them down, or use float64), or a batch that holds NaN."
         )
-    again = loss({}, batch)
+    again = loss()
     if not torch.isclose(value, again, rtol=1e-5, atol=1e-7):  # on a GPU equal up to the order of sums
+        piece = next(micro_batches(batch, micro_batch_size))[1]
         raise ValueError(
             f"{caller}: the loss must be the same at every evaluation, got {value.item():g} and {again.item():g}: "
-            f"{_first_to_differ(model, loss_fn, batch, batch_norm)} draws random numbers in evaluation mode. "
+            f"{_first_to_differ(model, loss_fn, piece, batch_norm)} draws random numbers in evaluation mode. "
             "Turn them off there (`pure_loss` and `check_derivatives` also take a `seed`)."
         )
+    return classes
 
 
 def _first_to_differ(model: nn.Module, loss_fn: UserLoss, batch: Batch, batch_norm: BatchNormMode) -> str:
@@ -488,21 +547,25 @@ def logits_of(model: nn.Module, x: Tensor, caller: str, batch_norm: BatchNormMod
     return logits
 
 
-def _check_classification(model: nn.Module, batch: Batch, caller: str, batch_norm: BatchNormMode) -> None:
+def _check_classification(
+    model: nn.Module, batch: Batch, caller: str, batch_norm: BatchNormMode, micro_batch_size: int | None
+) -> int:
+    """How many classes the logits have."""
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise ValueError(
             f"{caller}: the default loss needs batches (x, y) of two tensors, got {type(batch).__name__}. "
             "Pass your own `loss_fn(model, batch)` for other batches."
         )
     x, y = batch
-    logits = logits_of(model, x, caller, batch_norm)
-    expected = (logits.shape[0], *logits.shape[2:])
+    logits = logits_of(model, next(micro_batches(x, micro_batch_size))[1], caller, batch_norm)
+    expected = (logits.shape[0] if micro_batch_size is None else len(x), *logits.shape[2:])
     if not y.is_floating_point() and (y.dtype != torch.int64 or tuple(y.shape) != expected):
         raise ValueError(
             f"{caller}: labels for logits of shape {tuple(logits.shape)} must be int64 of shape {expected}, got "
             f"{y.dtype} of shape {tuple(y.shape)}."
         )
     check_labels(y, logits.shape[1], caller)
+    return logits.shape[1]
 
 
 def check_labels(y: Tensor, classes: int, caller: str) -> None:

@@ -168,8 +168,7 @@ def check_derivatives(
             )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     group_size = 2 if uses_batch_statistics(model, batch_norm) else 1  # batch statistics are of two examples or more
-    if len({leaf.shape[:1] for leaf in tensors_of(batch)}) == 1:
-        batch = map_tensors(lambda leaf: leaf[:examples], batch)
+    batch = _of_few(batch, examples)
     make_loss = partial(pure_loss, batch_norm=batch_norm, seed=seed, exact=exact, dtype=torch.float64)
     theta = parameters_of(model, dtype=torch.float64)
     with torch.enable_grad(), torch.random.fork_rng([p.device for p in model.parameters() if p.is_cuda][:1]):
@@ -181,6 +180,13 @@ def check_derivatives(
             faults = _faults(model, loss_fn, batch, make_loss, quantities, tolerance)
             checks = {name: check if check.agrees else _blamed(name, check, faults) for name, check in checks.items()}
     return DerivativeReport(checks)
+
+
+def _of_few(batch: Batch, examples: int = 4) -> Batch:
+    """The first examples, where the batch can be divided: what a layer can do they tell as well."""
+    if len({leaf.shape[:1] for leaf in tensors_of(batch)}) != 1:
+        return batch
+    return map_tensors(lambda leaf: leaf[:examples], batch)
 
 
 @contextmanager
@@ -208,7 +214,7 @@ def naming_the_layer(
         if meaning is None or isinstance(error, DerivativeError):
             raise
         make_loss = partial(pure_loss, batch_norm=batch_norm, exact=exact, dtype=torch.float64)
-        faults = _faults(model, loss_fn, batch, make_loss, [_OF_ORDER[order]], 1e-5)
+        faults = _faults(model, loss_fn, _of_few(batch), make_loss, [_OF_ORDER[order]], 1e-5)
         where = "; ".join(faults) or "The loss function, or the code between layers"
         raise DerivativeError(
             f"{caller}: {where}: {meaning}. The model is unchanged. Torch says: {_torch_says(error)}"

@@ -13,22 +13,24 @@ row 0; one that is tied to a linear layer follows the linear layer's rule. Param
 scalar, a class token) are left alone.
 
 Everything random comes from `generator`, on whose device the numbers are drawn, so that a model starts the same on
-every device. All values are computed before the first is written: on an error the model is as it was. Writing is in
-place: the parameters stay the same objects, and a tied one is initialised once.
+every device. On an error the model is as it was. Writing is in place: the parameters stay the same objects, and a tied
+one is initialised once.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from common.functional import unchanged_on_error
 from common.networks.layers import gain_of
 from common.networks.transformer import Attention, Transformer, TransformerLayer
-from common.options import check_choice
+from common.options import check_choice, check_positive, check_whole
 from common.types import Batch
 
 __all__ = [
@@ -51,6 +53,23 @@ __all__ = [
     "weight_layers",
     "xavier_",
 ]
+
+Arguments = ParamSpec("Arguments")
+
+
+def _all_or_nothing(
+    initialise: Callable[Concatenate[nn.Module, Arguments], None],
+) -> Callable[Concatenate[nn.Module, Arguments], None]:
+    """On any error, also of a parameter that cannot be written and of an interrupt, no parameter is another."""
+
+    @wraps(initialise)
+    def whole(model: nn.Module, *args: Arguments.args, **options: Arguments.kwargs) -> None:
+        lazy = any(map(is_lazy, model.parameters()))  # which are refused, and have no values
+        with nullcontext() if lazy else unchanged_on_error(model.parameters()):
+            initialise(model, *args, **options)
+
+    return whole
+
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -186,15 +205,10 @@ def _orthogonal(gain: float, generator: torch.Generator) -> Rule:
     return lambda W, _: nn.init.orthogonal_(W, gain=gain, generator=generator)
 
 
-def _check_positive(caller: str, **values: float | int) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{caller}: `{name}` must be positive and finite, got {value}.")
-
-
 # --- Variance rules ---------------------------------------------------------------------------------------------------
 
 
+@_all_or_nothing
 def xavier_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0, distribution: str = "normal") -> None:
     r"""W ~ N(0, γ²·2/(fan_in + fan_out)), or U(±γ√(6/(fan_in + fan_out))), with γ = `gain`.
 
@@ -202,12 +216,13 @@ def xavier_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0, 
 
     Reference: Glorot and Bengio, AISTATS 2010.
     """
-    _check_positive("xavier_", gain=gain)
+    check_positive("xavier_", gain=gain)
     check_choice("xavier_", "distribution", distribution, ("normal", "uniform"))
     draw = nn.init.xavier_normal_ if distribution == "normal" else nn.init.xavier_uniform_
     _fill_("xavier_", model, lambda W, _: draw(W, gain=gain, generator=generator), generator=generator)
 
 
+@_all_or_nothing
 def kaiming_(
     model: nn.Module,
     *,
@@ -238,6 +253,7 @@ def kaiming_(
     _fill_("kaiming_", model, draw, generator=generator)
 
 
+@_all_or_nothing
 @torch.no_grad()
 def torch_default_(model: nn.Module, *, generator: torch.Generator) -> None:
     r"""What torch's own layers start from, drawn from `generator`.
@@ -282,6 +298,7 @@ def torch_default_(model: nn.Module, *, generator: torch.Generator) -> None:
 # --- Orthogonal rules -------------------------------------------------------------------------------------------------
 
 
+@_all_or_nothing
 def orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0) -> None:
     r"""W = γ Q, Q the Haar-distributed (out × fan_in) matrix with orthonormal rows or, where it is tall, columns.
 
@@ -290,10 +307,11 @@ def orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: float = 1
 
     Reference: Saxe, McClelland and Ganguli, ICLR 2014.
     """
-    _check_positive("orthogonal_", gain=gain)
+    check_positive("orthogonal_", gain=gain)
     _fill_("orthogonal_", model, _orthogonal(gain, generator), generator=generator)
 
 
+@_all_or_nothing
 def delta_orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: float = 1.0) -> None:
     r"""K[:, :, c, c] = γ Q at the centre tap c = ⌊size/2⌋ and 0 elsewhere; linear layers W = γ Q.
 
@@ -303,7 +321,7 @@ def delta_orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: flo
 
     Reference: Xiao et al., ICML 2018.
     """
-    _check_positive("delta_orthogonal_", gain=gain)
+    check_positive("delta_orthogonal_", gain=gain)
 
     def draw(W: Tensor, _: nn.Module) -> None:
         Q = nn.init.orthogonal_(W.new_empty(W.shape[:2]), gain=gain, generator=generator)
@@ -316,6 +334,7 @@ def delta_orthogonal_(model: nn.Module, *, generator: torch.Generator, gain: flo
 # --- LSUV -------------------------------------------------------------------------------------------------------------
 
 
+@_all_or_nothing
 @torch.no_grad()
 def lsuv_(
     model: nn.Module,
@@ -344,7 +363,8 @@ def lsuv_(
 
     Reference: Mishkin and Matas, ICLR 2016.
     """
-    _check_positive("lsuv_", tolerance=tolerance, max_tries=max_tries)
+    check_positive("lsuv_", tolerance=tolerance)
+    check_whole("lsuv_", smallest=1, max_tries=max_tries)
     layers: dict[nn.Module, Weight] = {
         weight.layer: weight
         for weight in weight_layers(model, caller="lsuv_")
@@ -367,20 +387,15 @@ def lsuv_(
 
 @contextmanager
 def _undone(model: nn.Module) -> Iterator[None]:
-    """Buffers, modes and the global generators afterwards as before; on an error the parameters as well."""
-    parameters = [(p, p.clone()) for p in model.parameters()]
+    """Buffers, modes and the global generators afterwards as before."""
     buffers = [(b, b.clone()) for b in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index for p, _ in parameters if p.device.type == "cuda"}
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng([index for index in devices if index is not None]):
             for module in model.modules():
                 module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
             yield
-    except BaseException:
-        for parameter, old in parameters:
-            parameter.copy_(old)
-        raise
     finally:
         for buffer, old in buffers:
             buffer.copy_(old)
@@ -420,6 +435,7 @@ def _output_std(layer: nn.Module, run: Callable[[], Any]) -> float:
 # --- Residual networks without normalisation --------------------------------------------------------------------------
 
 
+@_all_or_nothing
 def fixup_(model: nn.Module, *, generator: torch.Generator, nonlinearity: str = "relu") -> None:
     r"""Fixup: each step of SGD changes a residual network's function by Θ(η), whatever its depth.
 
@@ -477,6 +493,7 @@ def _scalars(model: nn.Module, name: str, value: float) -> list[tuple[Tensor, fl
     ]
 
 
+@_all_or_nothing
 def skipinit_(model: nn.Module, alpha: float = 0.0, *, generator: torch.Generator | None = None) -> None:
     r"""SkipInit: h ← h + α F(h), every branch's α set to `alpha`: 0, or anything up to 1/√(branches).
 
@@ -492,6 +509,7 @@ def skipinit_(model: nn.Module, alpha: float = 0.0, *, generator: torch.Generato
     _residual_scalars_("skipinit_", model, "alpha", alpha, kaiming_, generator)
 
 
+@_all_or_nothing
 def rezero_(model: nn.Module, alpha: float = 0.0, *, generator: torch.Generator | None = None) -> None:
     r"""ReZero: SkipInit's rule for Transformers, h ← h + α F(h), with α called `resweight` as in its released code.
 
@@ -531,6 +549,7 @@ def _residual_scalars_(
 # --- Transformers -----------------------------------------------------------------------------------------------------
 
 
+@_all_or_nothing
 @torch.no_grad()
 def transformer_(model: nn.Module, *, generator: torch.Generator) -> None:
     r"""What a `Transformer` of this project starts from, as fairseq's and hence GradInit's does.
@@ -562,6 +581,7 @@ def transformer_(model: nn.Module, *, generator: torch.Generator) -> None:
             layer.bias.copy_(nn.init.uniform_(new, -bound, bound, generator=generator))
 
 
+@_all_or_nothing
 def tfixup_(model: nn.Module, *, generator: torch.Generator) -> None:
     r"""T-Fixup: a Transformer without normalisation that trains without warm-up.
 
@@ -636,16 +656,18 @@ def _fill_transformer_(
 # --- Bad starts (MetaInit's protocol) ---------------------------------------------------------------------------------
 
 
+@_all_or_nothing
 def normal_(model: nn.Module, std: float = 0.1, *, generator: torch.Generator) -> None:
     r"""W ~ N(0, `std`²) in every layer, embeddings too, whatever its fan: the bad start MetaInit corrects."""
-    _check_positive("normal_", std=std)
+    check_positive("normal_", std=std)
     rule = _normal(std, generator)
     _fill_("normal_", model, rule, generator=generator, embedding_rule=rule)
 
 
+@_all_or_nothing
 def uniform_(model: nn.Module, bound: float = 0.1, *, generator: torch.Generator) -> None:
     r"""W ~ U(±`bound`) in every layer, embeddings too, whatever its fan; the standard deviation is bound/√3."""
-    _check_positive("uniform_", bound=bound)
+    check_positive("uniform_", bound=bound)
 
     def rule(W: Tensor, _: nn.Module) -> None:
         nn.init.uniform_(W, -bound, bound, generator=generator)
@@ -653,14 +675,16 @@ def uniform_(model: nn.Module, bound: float = 0.1, *, generator: torch.Generator
     _fill_("uniform_", model, rule, generator=generator, embedding_rule=rule)
 
 
+@_all_or_nothing
 @torch.no_grad()
 def scale_weights_(model: nn.Module, factor: float) -> None:
     r"""W ← `factor` · W for every weight tensor; biases and normalisation layers stay as they are."""
-    _check_positive("scale_weights_", factor=factor)
+    check_positive("scale_weights_", factor=factor)
     for weight in weight_layers(model, caller="scale_weights_"):
         weight.tensor.mul_(factor)
 
 
+@_all_or_nothing
 @torch.no_grad()
 def scale_layer_(model: nn.Module, index: int, factor: float) -> None:
     r"""W ← `factor` · W for one weight tensor, counted in the order of registration, from the end if negative.
@@ -668,7 +692,7 @@ def scale_layer_(model: nn.Module, index: int, factor: float) -> None:
     Raises:
         ValueError: `factor` is not positive and finite, or there is no such layer.
     """
-    _check_positive("scale_layer_", factor=factor)
+    check_positive("scale_layer_", factor=factor)
     weights = weight_layers(model, caller="scale_layer_")
     if not -len(weights) <= index < len(weights):
         raise ValueError(f"scale_layer_: `index` must be in [{-len(weights)}, {len(weights)}), got {index}.")

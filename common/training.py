@@ -6,7 +6,7 @@ SGD with momentum or Adam, a schedule by iteration, optional warm-up, one evalua
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,10 +14,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from common.functional import in_evaluation_mode
+from common.options import check_choice, check_number, check_whole
 from common.types import Batch, UserLoss
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "linear", "constant", "inverse_sqrt"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +55,21 @@ class TrainingConfig:
     """Bound on the gradient's global norm."""
     diverged_above: float | None = None
     """A mean training loss of an epoch above it counts as diverged, as one that is not finite does."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Arithmetic of forward and backward (autocast); parameters stay float32."""
     channels_last: bool = False
     """Memory layout of convolutions."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule))):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"TrainingConfig: `{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        for name, choices in (("optimizer", Optimizer), ("schedule", Schedule), ("precision", Precision)):
+            check_choice("TrainingConfig", name, getattr(self, name), get_args(choices))
+        check_whole("TrainingConfig", smallest=1, epochs=self.epochs)
+        check_number("TrainingConfig", warmup=self.warmup)
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"TrainingConfig: `warmup` must lie in [0, 1], got {self.warmup}: a share of iterations.")
+        for name in ("no_decay", "lr_factors", "drops"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"TrainingConfig: `{name}` must be a tuple, got the string {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -148,12 +157,14 @@ def train(
         The history, and whether the run diverged (a result, not an error).
 
     Raises:
+        ValueError: An epoch without a batch.
         OSError: The checkpoint cannot be written, or is not one of this training: it is kept, and nothing in it is run.
     """
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(model, config)
-    history = _resume(checkpoint, model, optimizer)
+    recipe = asdict(config) | {"steps_per_epoch": steps_per_epoch}
+    history = _resume(checkpoint, model, optimizer, recipe)
     total = config.epochs * steps_per_epoch
     device = next(model.parameters()).device
     for epoch in range(len(history), config.epochs):
@@ -172,6 +183,8 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             losses.append(loss.detach())
+        if not losses:
+            raise ValueError(f"train: `train_batches` must give batches, got none in epoch {epoch}.")
         train_loss = torch.stack(losses).double().mean().item()
         training_seconds = time.perf_counter() - start
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -182,7 +195,7 @@ def train(
         if _has_diverged(train_loss, config):
             break
         if checkpoint is not None and epoch + 1 < config.epochs:
-            _save(checkpoint, model, optimizer, history)
+            _save(checkpoint, model, optimizer, history, recipe)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return TrainingResult(history, diverged=_has_diverged(history[-1]["train_loss"], config))
@@ -196,15 +209,13 @@ def _has_diverged(train_loss: float, config: TrainingConfig) -> bool:
 @torch.no_grad()
 def classification_metrics(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """`test_loss` (cross-entropy, nats) and `test_accuracy` (share) over all examples, in evaluation mode."""
-    was_training = model.training
-    model.eval()
     loss, correct, count = [], [], 0
-    for x, y in batches:
-        logits = model(x).float()
-        loss.append(nn.functional.cross_entropy(logits, y, reduction="sum"))
-        correct.append((logits.argmax(1) == y).sum())
-        count += len(y)
-    model.train(was_training)
+    with in_evaluation_mode(model):
+        for x, y in batches:
+            logits = model(x).float()
+            loss.append(nn.functional.cross_entropy(logits, y, reduction="sum"))
+            correct.append((logits.argmax(1) == y).sum())
+            count += len(y)
     return {
         "test_loss": torch.stack(loss).double().sum().item() / count,
         "test_accuracy": torch.stack(correct).sum().item() / count,
@@ -212,13 +223,20 @@ def classification_metrics(model: nn.Module, batches: Iterable[Batch]) -> dict[s
 
 
 # ---------------------------------------------------------------------------------------------- between epochs
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, float]]) -> None:
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, float]],
+    recipe: dict[str, Any],
+) -> None:
     """Written beside and renamed, so that a checkpoint is whole or absent."""
     partial = path.with_suffix(".partial")
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "history": history,
+        "recipe": recipe,
         "random": torch.get_rng_state(),  # dropout's
         "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -229,20 +247,35 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, histor
     partial.replace(path)
 
 
-def _resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
+def _resume(
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]
+) -> list[dict[str, float]]:
     if path is None or not path.exists():
         return []
     try:
         # tensors and plain numbers only: no pickled code is run
         state = torch.load(path, weights_only=True, map_location="cpu")
+        written = state["recipe"]
+    except Exception as error:  # torch has many types for what a file may have that it did not write
+        raise _not_ours(path, error) from error
+    if differing := sorted(name for name in recipe if written.get(name) != recipe[name]):
+        raise OSError(
+            f"train: {path} must be a checkpoint of the same recipe, got other values of {', '.join(differing)}. "
+            "Delete it: the training then begins anew."
+        )
+    try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available() and state["cuda_random"]:
             torch.cuda.set_rng_state_all(state["cuda_random"])
         return state["history"]
-    except Exception as error:  # torch has many types for what a file may have that it did not write
-        raise OSError(
-            f"train: {path} must be a checkpoint that this training wrote, got a file that is damaged or of another "
-            f"kind ({type(error).__name__}). Delete it: the training then begins anew."
-        ) from error
+    except Exception as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: Path, error: Exception) -> OSError:
+    return OSError(
+        f"train: {path} must be a checkpoint that this training wrote, got a file that is damaged or of another kind "
+        f"({type(error).__name__}). Delete it: the training then begins anew."
+    )

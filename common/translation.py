@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from common.functional import in_evaluation_mode
 from common.types import Batch
 
 
@@ -34,15 +35,13 @@ def translation_loss(model: nn.Module, batch: Batch, *, label_smoothing: float =
 @torch.no_grad()
 def translation_metrics(model: nn.Module, batches: Iterable[Batch], *, padding: int = 0) -> dict[str, float]:
     """`validation_loss` (nats a token, without smoothing) and `perplexity`, its exponential, in evaluation mode."""
-    was_training = model.training
-    model.eval()
     loss, count = [], []
-    for batch in batches:
-        log_p, labels = _log_probabilities(model, batch)
-        counted = labels != padding
-        loss.append(-(_at(log_p, labels) * counted).double().sum())
-        count.append(counted.sum())
-    model.train(was_training)
+    with in_evaluation_mode(model):
+        for batch in batches:
+            log_p, labels = _log_probabilities(model, batch)
+            counted = labels != padding
+            loss.append(-(_at(log_p, labels) * counted).double().sum())
+            count.append(counted.sum())
     mean = torch.stack(loss).sum() / torch.stack(count).sum()
     return {"validation_loss": mean.item(), "perplexity": mean.exp().item()}
 

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from common.batches import of_one_size
-from common.functional import check_bare, check_devices, classification_loss, parameters_of
+from common.functional import (
+    check_bare,
+    check_devices,
+    classification_loss,
+    parameters_of,
+    put_back_,
+    unchanged_on_error,
+)
 from common.initializers import INITIALIZERS
 from common.options import check_whole
 from common.precision import full_precision
@@ -306,7 +313,9 @@ def _baseline(
                 f"lsuv: every tensor that it sets must be trainable, got the frozen {frozen[0]!r}: the layers behind "
                 "it are scaled to what comes out of it. Unfreeze it until the model is initialised."
             )
-        _put_back({name: own[name] for name in frozen}, before)
+        with torch.no_grad():
+            for name in frozen:
+                put_back_(own[name], before[name])
     written = [name for name in written if name not in frozen]
     scales = _ratios(before, parameters_of(model), written)
     return InitResult(scales, [], {name: _why(leaf) for name, leaf in own.items() if name not in written})
@@ -355,24 +364,9 @@ def _undone(model: nn.Module) -> Iterator[Params]:
     parameters: Params = dict(model.named_parameters())
     before = parameters_of(model)
     devices = sorted({leaf.device.index for leaf in parameters.values() if leaf.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):  # a DataLoader draws from the global generator
-            yield before
-    except BaseException:
-        _put_back(parameters, before)
-        raise
-
-
-@torch.no_grad()
-def _put_back(leaves: Params, values: Params) -> None:
-    """Only what has changed is written: a tensor that cannot be (an expanded view) has not."""
-    for name, leaf in leaves.items():
-        if not torch.equal(_bits(leaf), _bits(values[name])):
-            leaf.copy_(values[name])
-
-
-def _bits(leaf: Tensor) -> Tensor:
-    return leaf.detach().contiguous().reshape(-1).view(torch.uint8)
+    # a DataLoader draws from the global generator
+    with unchanged_on_error(parameters.values()), torch.random.fork_rng(devices):
+        yield before
 
 
 # ---------------------------------------------------------------------------------------------- DIMAML

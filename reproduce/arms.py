@@ -8,7 +8,7 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -190,7 +190,7 @@ class Bench:
     def draw_for(self, arm: str, seed: int) -> tuple[nn.Module, UserLoss, Callable[..., InitResult]]:
         """The same, and the arm's method on them, to be called once, with any further options."""
         model, loss_fn = self.draw(seed)
-        batches = read(lambda: self.data.init_batches(seed=seed), self.caller)
+        batches = Rereading(self.data.init_batches(seed=seed), self.caller)
         METHODS[arm].options()  # imports a paper's package, which is no part of the method's cost
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -235,6 +235,17 @@ def read(make: Callable[[], Iterator[Batch]], caller: str) -> Iterator[Batch]:
             except StopIteration:
                 return
         yield batch
+
+
+@dataclass(frozen=True)
+class Rereading:
+    """Batches to be gone through again and again, whose errors have a type of their own."""
+
+    batches: Iterable[Batch]
+    caller: str
+
+    def __iter__(self) -> Iterator[Batch]:
+        return read(lambda: iter(self.batches), self.caller)
 
 
 @dataclass(frozen=True)

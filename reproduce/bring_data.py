@@ -54,6 +54,36 @@ class Source(Protocol):
         ...
 
 
+@dataclass
+class InitBatches:
+    """To be gone through again and again: each time one pass over the training examples, in a new order.
+
+    Of a user's loader whose batches vary in size, those of the first one's size.
+    """
+
+    name: str
+    source: "Source"
+    seed: int
+    passes: int = 0
+    size: int | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        number, found = self.passes, False
+        self.passes += 1
+        # apart from the seeds of training, so that an initialiser does not see the first epoch's batches
+        for batch in self.source.one_pass(500_000_000 + 1_000_003 * self.seed + number, augment=False):
+            length = count_examples(batch, self.name)
+            self.size = length if self.size is None else self.size
+            if length == self.size:
+                found = True
+                yield batch
+        if not found:
+            raise ValueError(
+                f"{self.name}: every pass must have a batch of one size, got none of {self.size} examples in pass "
+                f"{number + 1}. Let the loader make batches of one size."
+            )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Brought:
     """Training and test batches by name, on their device.
@@ -93,26 +123,9 @@ class Brought:
         """One pass over the training examples: a function of seed and epoch alone."""
         return self.source.one_pass(1_000_003 * seed + epoch, augment=self.augment)
 
-    def init_batches(self, *, seed: int) -> Iterator[Batch]:
-        """Training examples without end, not augmented, in batches of one size: for initialisers and diagnostics.
-
-        Of a user's loader whose batches vary in size, those of the first one's size.
-        """
-        size = None
-        for number in count():
-            found = False
-            # apart from the seeds of training, so that an initialiser does not see the first epoch's batches
-            for batch in self.source.one_pass(500_000_000 + 1_000_003 * seed + number, augment=False):
-                length = count_examples(batch, self.name)
-                size = length if size is None else size
-                if length == size:
-                    found = True
-                    yield batch
-            if not found:
-                raise ValueError(
-                    f"{self.name}: every pass must have a batch of one size, got none of {size} examples in pass "
-                    f"{number + 1}. Let the loader make batches of one size."
-                )
+    def init_batches(self, *, seed: int) -> "InitBatches":
+        """Training examples, not augmented, in batches of one size: for initialisers and diagnostics."""
+        return InitBatches(self.name, self.source, seed)
 
     def test_batches(self) -> Iterator[Batch]:
         """Every test example once; the last batch may be smaller."""

@@ -374,6 +374,8 @@ def check_config(config: Config, caller: str) -> None:
     for name in (*_POSITIVE, *given):
         if not getattr(config, name) > 0:
             raise ValueError(f"{caller}: `{name}` must be positive, got {getattr(config, name)}.")
+    if not 0 <= config.warmup <= 1:
+        raise ValueError(f"{caller}: `warmup` must lie in [0, 1], got {config.warmup}: a share of the iterations.")
     if config.cutout < 0:
         raise ValueError(f"{caller}: `cutout` must be 0 or more pixels, got {config.cutout}.")
     if not config.networks:

@@ -334,9 +334,10 @@ def unpaired(summary: Summary) -> list[str]:
 
 def how_sure(summary: Summary) -> str:
     """By which rule an arm is called better or worse, and how often wrongly."""
-    pairs = max((c["pairs"] for c in summary["comparisons"]), default=len(summary["seeds"]))
-    if pairs < 2:
+    if len(summary["seeds"]) < 2:
         return "With one seed there is no interval and no claim: repeat with --seeds 3 or more."
+    if max((c["pairs"] for c in summary["comparisons"]), default=2) < 2:
+        return "Of no two arms two seeds were finished with a result, so that nothing can be compared."
     return (
         f"An arm is better or worse only where both {100 * CONFIDENCE:.0f} % intervals of its difference, seed by "
         f"seed, leave out 0: the percentile bootstrap's over seeds ({RESAMPLES} resamples) and Student's t, which "
@@ -365,7 +366,8 @@ def at_edge(summary: Summary) -> str:
     rates = summary["learning_rates"]
     ends = {"smallest": min(rates), "largest": max(rates)}
     arms = {
-        end: [a for a, row in summary["arms"].items() if row["learning_rate"] == rate] for end, rate in ends.items()
+        end: [a for a, row in summary["arms"].items() if row["learning_rate"] == rate and row["mean"] is not None]
+        for end, rate in ends.items()
     }
     said = [f"the {end} for {', '.join(of_end)}" for end, of_end in arms.items() if of_end]
     return f" Best at an edge of them, and maybe beyond it: {'; '.join(said)}." if said else ""

@@ -23,7 +23,7 @@ from common.options import check_positive, check_whole
 from common.precision import full_precision
 from common.record import Run, as_recorded, device_name, device_of, write_environment
 from common.training import TrainingConfig, train
-from common.types import Batch, UserLoss
+from common.types import Batch, NotFiniteError, UserLoss
 from papers.dimaml import PLIF, InitDistribution, Normal, dimaml, evaluation_steps
 from papers.dimaml.algorithm import BatchNorm
 from papers.dimaml.distributions import Family
@@ -154,6 +154,11 @@ def laws_path(folder: Path, name: Literal["start", "laws"], unit: Learn) -> Path
     return folder / f"{name}-{unit.source}-{unit.family}.safetensors"
 
 
+def learning_path(folder: Path, unit: Learn) -> Path:
+    """Where a learning that is not recorded yet has its state."""
+    return folder / f"learning-{unit.source}-{unit.family}.safetensors"
+
+
 # ---------------------------------------------------------------------------------------------- an experiment
 class Bench(ABC):
     """One experiment in one process: its data, its networks, and how its trainings go.
@@ -252,21 +257,23 @@ class Bench(ABC):
         config, begun = self.config, time.perf_counter()
         torch.manual_seed(0)
         told = self.learning(unit)
-        checkpoint = self.folder / f"learning-{unit.source}-{unit.family}.safetensors"
+        checkpoint = learning_path(self.folder, unit)
         is_resumed = checkpoint.exists()
-        learned = dimaml(
-            told.model, told.loss_fn, told.task_sampler, inner=told.inner, start=told.start,
-            inner_steps=config.inner_steps, eval_every=config.eval_every, first_evaluation=config.first_evaluation,
-            meta_steps=config.meta_steps,
-            meta_lr=config.meta_lr_normal if unit.family == "normal" else config.meta_lr_plif,
-            batch_norm=told.batch_norm, draws=config.draws, antithetic=config.antithetic,
-            vmap=config.draws > 1 or config.antithetic,
-            generator=torch.Generator().manual_seed(0), checkpoint=checkpoint,
-            on_step=lambda _: advance(1 / config.meta_steps), progress=False,
-        )  # fmt: skip
+        try:
+            learned = dimaml(
+                told.model, told.loss_fn, told.task_sampler, inner=told.inner, start=told.start,
+                inner_steps=config.inner_steps, eval_every=config.eval_every, first_evaluation=config.first_evaluation,
+                meta_steps=config.meta_steps,
+                meta_lr=config.meta_lr_normal if unit.family == "normal" else config.meta_lr_plif,
+                batch_norm=told.batch_norm, draws=config.draws, antithetic=config.antithetic,
+                vmap=config.draws > 1 or config.antithetic,
+                generator=torch.Generator().manual_seed(0), checkpoint=checkpoint,
+                on_step=lambda _: advance(1 / config.meta_steps), progress=False,
+            )  # fmt: skip
+        except NotFiniteError as error:  # a result: other families and the baselines are compared all the same
+            return unit.key | {"failed": str(error), "seconds": None if is_resumed else time.perf_counter() - begun}
         told.start.save(laws_path(self.folder, "start", unit))
         learned.save(laws_path(self.folder, "laws", unit))
-        checkpoint.unlink()
         for unfinished in self.folder.glob(f".*-{unit.source}-{unit.family}.safetensors.*.partial"):
             unfinished.unlink()  # of a process that was killed while it wrote
         return unit.key | {
@@ -283,7 +290,10 @@ class Bench(ABC):
         model = self.make_model(unit.target).to(self.device)
         generator = torch.Generator().manual_seed(1_000_003 * unit.seed + 1)
         if unit.source is None:
-            self.start_baseline(model, unit, generator)
+            try:
+                self.start_baseline(model, unit, generator)
+            except NotFiniteError as error:  # a result too
+                return unit.key | {"failed": str(error)}
         else:
             laws = laws_path(self.folder, "laws", Learn(unit.source, LEARNED[unit.arm]))
             InitDistribution.load(laws).initialize_(model, generator)
@@ -380,7 +390,7 @@ def run(make: type[Bench], config: Any) -> dict[str, Any]:
     summary = summarise(folder.records, shown) | {"data": data["identity"], "device": device_name(device)}
     save_figure(folder.folder / "figure.png", folder.records, summary, shown)
     for record in folder.records:
-        if record["kind"] == "laws":
+        if record["kind"] == "laws" and "failed" not in record:
             unit = Learn(record["source"], record["family"])
             before, after = (InitDistribution.load(laws_path(folder.folder, k, unit)) for k in ("start", "laws"))
             title = f"{make.name}, learned on {shown.names[unit.source]}"
@@ -394,6 +404,9 @@ def run(make: type[Bench], config: Any) -> dict[str, Any]:
 def compute(bench: Bench, folder: Run) -> None:
     """A record a unit of work, from as many processes as asked for; this one alone writes them."""
     todo = [unit for unit in bench.units() if folder.find(**unit.key) is None]
+    for unit in bench.units():
+        if isinstance(unit, Learn) and "failed" in (folder.find(**unit.key) or {}):
+            todo = [other for other in todo if not _draws_from(other, unit)]
     if not todo:
         return
     config = bench.config
@@ -410,7 +423,21 @@ def compute(bench: Bench, folder: Run) -> None:
                 todo.remove(unit)
                 progress.update(bar, description=str(unit))
                 work.start(unit)
-            folder.append(work.next_done()[1])
+            unit, record = work.next_done()
+            folder.append(record)
+            if isinstance(unit, Learn):  # only now: its laws' record is kept
+                learning_path(folder.folder, unit).unlink(missing_ok=True)
+                if "failed" in record:
+                    todo = [other for other in todo if not _draws_from(other, unit)]
+
+
+def _draws_from(unit: Unit, learning: Learn) -> bool:
+    """Whether the unit is a training from the laws that are learned there."""
+    return (
+        isinstance(unit, Train)
+        and unit.source is not None
+        and Learn(unit.source, LEARNED[unit.arm]).key == learning.key
+    )
 
 
 def _is_ready(unit: Unit, folder: Run) -> bool:

@@ -91,16 +91,32 @@ def summarise(records: Records, shown: Shown) -> dict[str, Any]:
     """For each target every arm's numbers over seeds, and the learned arms against each baseline, seed by seed."""
     targets = {}
     for target, source in shown.pairs.items():
-        own = [r for r in records if r["kind"] == "training" and r["target"] == target]
+        own = trainings(records, target)
         by_arm = {arm: [r for r in own if r["arm"] == arm] for arm in shown.arms}
         arms = {arm: _arm(records, shown) for arm, records in by_arm.items() if records}
         targets[target] = {"source": source, "arms": arms, "comparisons": list(_comparisons(arms))}
-    return {"metric": shown.title, "targets": targets, "learning": [_learning(r) for r in learnings(records)]}
+    learning = [_learning(record) for record in learnings(records)]
+    failed = [_failure(record, shown) for record in records if "failed" in record]
+    return {"metric": shown.title, "targets": targets, "learning": learning, "failed": failed}
+
+
+def trainings(records: Records, target: str) -> Records:
+    """Those that were begun: not where an initialiser failed."""
+    return [r for r in records if r["kind"] == "training" and r["target"] == target and "failed" not in r]
+
+
+def _failure(record: dict[str, Any], shown: Shown) -> str:
+    if record["kind"] == "laws":
+        what = f"Learning {LABELS['dimaml-' + record['family']]} on {shown.names[record['source']]}"
+    else:
+        what = f"{LABELS[record['arm']]}, {shown.names[record['target']]}, seed {record['seed']}"
+    return f"{what} failed. {record['failed']}"
 
 
 def learnings(records: Records) -> Records:
     """The records of laws, in one order, whichever was finished first."""
-    return sorted((r for r in records if r["kind"] == "laws"), key=lambda r: (r["source"], r["family"]))
+    own = (r for r in records if r["kind"] == "laws" and "failed" not in r)
+    return sorted(own, key=lambda r: (r["source"], r["family"]))
 
 
 def _arm(records: Records, shown: Shown) -> dict[str, Any]:
@@ -199,6 +215,8 @@ def print_report(console: Console, summary: dict[str, Any], shown: Shown) -> Non
             "in the last.",
             highlight=False,
         )
+    for sentence in summary["failed"]:
+        console.print(sentence, highlight=False, markup=False)
     seeds = max(len(row["seeds"]) for result in summary["targets"].values() for row in result["arms"].values())
     note = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "A single seed"
     console.print(
@@ -281,14 +299,13 @@ STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.
 def save_figure(path: Path, records: Records, summary: dict[str, Any], shown: Shown) -> None:
     """Above the trainings on each target, below the learning of each family of laws."""
     laws = learnings(records)
-    columns = max(len(shown.pairs), len(laws))
+    columns = max(len(shown.pairs), len(laws), 1)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * columns, 8.2), layout="constrained")
         above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
         axes = above.subplots(1, len(shown.pairs), squeeze=False)[0]
         for axis, target in zip(axes, shown.pairs, strict=True):
-            own = [r for r in records if r["kind"] == "training" and r["target"] == target]
-            draw_training(axis, own, shown, target)
+            draw_training(axis, trainings(records, target), shown, target)
         for axis, record in zip(below.subplots(1, max(1, len(laws)), squeeze=False)[0], laws, strict=False):
             draw_learning(axis, record, shown)
         figure.suptitle(f"DIMAML. {summary['data']}\n{summary['device']}", fontsize=8, wrap=True)

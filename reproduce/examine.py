@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from common.batches import length_of, map_tensors, tensors_of
-from common.derivatives import check_twice_differentiable, gradient, group_gradients, hvp
+from common.derivatives import check_differentiable, gradient, group_gradients, hvp
 from common.descent import trainable
 from common.functional import classification_loss, pure_loss, uses_batch_statistics
 from common.guard import check_derivatives
@@ -178,7 +178,7 @@ def _are_finite(tensors: Sequence[Tensor | None]) -> bool:
 
 def measure_quotient(problem: Problem) -> dict[str, float]:
     """GQ, with H g summed over micro-batches where a whole batch would not fit."""
-    check_twice_differentiable(problem.loss, problem.theta, first_examples(problem.batch, 2), "gradient_quotient")
+    check_differentiable(problem.loss, problem.theta, first_examples(problem.batch, 2), "gradient_quotient")
     g = problem.gradient
     if not _are_finite(list(g.values())):
         raise ValueError(NOT_FINITE)
@@ -441,7 +441,7 @@ def run(config: Config) -> dict[str, Any]:
         result = examine(
             model,
             loss_fn,
-            first_examples(next(data.init_batches(seed=config.seed)), config.batch_size),
+            first_examples(next(iter(data.init_batches(seed=config.seed))), config.batch_size),
             num_classes=data.num_classes if config.loss is None else None,
             derivatives=config.derivatives,
             on_part=lambda part: progress.update(bar, description=part, completed=next(done)),

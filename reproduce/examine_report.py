@@ -348,7 +348,7 @@ def weights_out_of_line(result: Result) -> Found:
     if not ratios:
         return
     median = median_low(ratios.values())  # of two layers, not the one that may be out of line
-    large = {n: r for n, r in ratios.items() if r > WEIGHT_LARGE * max(1.0, median) or 1 < r > WEIGHT_LARGE * median}
+    large = {n: r for n, r in ratios.items() if r > max(1.0, WEIGHT_LARGE * median)}
     if median > WEIGHT_LARGE:
         yield (
             f"Weights are {_number(median)} times as large as He's rule makes them, in the median of {len(ratios)} "
@@ -468,7 +468,7 @@ def look_ahead(result: Result) -> Found:
             "Look for a root, a logarithm or a quotient of what such a step makes negative or 0, and for numbers that "
             "overflow; stay well below, or bound the gradient's norm in training.",
         )
-    if own["best_loss"] > (1 - DECREASE) * own["loss"]:
+    if own["loss"] - own["best_loss"] < DECREASE * abs(own["loss"]):
         yield (
             f"No step along the gradient lowers the loss by more than {100 * DECREASE:.0f} %, whatever its length "
             f"from {own['steps'][0]:g} to {own['steps'][-1]:g}.",
@@ -916,7 +916,7 @@ def draw_look_ahead(own: dict[str, Any]) -> Figure:
     )
     axes.plot(*zip(*points, strict=True), color=SERIES[0], marker="o", markersize=4, label="after the step")
     low = min(min(loss for _, loss in points), own["loss"])
-    span = max(own["loss"] - low, 0.05 * own["loss"])
+    span = max(own["loss"] - low, 0.05 * abs(own["loss"])) or 1.0
     axes.set(xscale="log", xlabel="length η of the step", ylabel="loss", ylim=(low - 0.3 * span, own["loss"] + span))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from reproduce.figures import is_number, save_png
 from reproduce.gradinit_report import draw_search, draw_variance
-from reproduce.statistics import compare, mean_and_deviation
+from reproduce.statistics import compare, mean_and_deviation, no_interval
 
 Records = Sequence[dict[str, Any]]
 
@@ -209,7 +209,7 @@ def conclude(comparison: dict[str, Any]) -> str:
         return f"{what}: nothing to compare."
     difference, low, high = (comparison[key] for key in ("difference", "low", "high"))
     if not math.isfinite(low):
-        return f"{what}: {difference:+.2f} nats (one seed: no interval, no conclusion)."
+        return f"{what}: {difference:+.2f} nats ({no_interval(comparison['pairs'])})."
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
     return (
         f"{what}: {difference:+.2f} nats, {verdict} (95 % t-interval {low:+.2f} to {high:+.2f}, {comparison['pairs']} "

@@ -19,14 +19,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from common.functional import parameters_of, pure_loss
+from common.derivatives import gradient, hvp
+from common.functional import parameters_of, pure_loss, uses_batch_statistics
 from common.networks import make_network
 from common.precision import full_precision
 from common.record import Run, device_name, device_of, write_environment
 from common.training import TrainingConfig
+from common.tree import flatten
 from common.types import Batch, NotFiniteError
 from data import epoch_batches
-from papers.metainit import gradient_quotient, metainit, noise_batches
+from papers.metainit import metainit, noise_batches
+from papers.metainit.objective import relative_change
 from reproduce.command import begin, end_well, make_progress, parse
 from reproduce.images import Splits, epochs_of, fit, prepare
 from reproduce.metainit_arms import ARMS, Arm
@@ -141,16 +144,19 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------- one unit of work
+def make(config: Config, network: str, num_classes: int, *, batch_norm: bool) -> nn.Module:
+    """The network by its name, without skips."""
+    options: dict[str, Any] = {"stem_stride": config.stem_stride} if network.startswith("plain") else {"skip": False}
+    if network.startswith("vgg"):
+        options = {}
+    return make_network(
+        network, activation=config.activation, batch_norm=batch_norm, num_classes=num_classes, **options
+    )
+
+
 def initialise(config: Config, network: str, arm: Arm, seed: int, splits: Splits) -> nn.Module:
     """The arm's network as it starts, before MetaInit: a function of its arguments alone."""
-    options: dict[str, Any] = {"stem_stride": config.stem_stride} if network.startswith("plain") else {"skip": False}
-    model = make_network(
-        network,
-        activation=config.activation,
-        batch_norm=arm.batch_norm,
-        num_classes=splits.data.num_classes,
-        **({} if network.startswith("vgg") else options),
-    ).to(splits.device)
+    model = make(config, network, splits.data.num_classes, batch_norm=arm.batch_norm).to(splits.device)
     device = splits.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same weights on every device
     with full_precision(device):
@@ -166,8 +172,15 @@ def measure_quotient(config: Config, model: nn.Module, splits: Splits, seed: int
         shape_of(splits), splits.data.num_classes, config.noise_batch_size, generator=generator, device=device
     )
     loss, theta = pure_loss(model), parameters_of(model)
+    size = None if uses_batch_statistics(model, "batch") else config.micro_batch_size
+
+    def quotient(batch: Batch) -> float:
+        g = gradient(loss, theta, batch, micro_batch_size=size)
+        Hg = hvp(loss, theta, g, batch, micro_batch_size=size)
+        return relative_change(flatten(g), flatten(Hg), epsilon=1e-5).mean().item()
+
     with full_precision(device):
-        return statistics.median(gradient_quotient(loss, theta, next(noise)).item() for _ in range(5))
+        return statistics.median(quotient(next(noise)) for _ in range(5))
 
 
 def shape_of(splits: Splits) -> tuple[int, ...]:
@@ -253,17 +266,23 @@ def check_config(config: Config) -> None:
     """Mistakes that would otherwise show after minutes of work."""
     counts = ("validation_images", "steps", "noise_batch_size", "seeds", "epochs", "batch_size", "stem_stride")
     for name in (*counts, "meta_learning_rate"):
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:
             raise ValueError(f"{EXPERIMENT}: `{name}` must be positive, got {getattr(config, name)}.")
     for name in ("train_images", "test_images", "micro_batch_size"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{EXPERIMENT}: `{name}` must be at least 1, got {getattr(config, name)}.")
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f"{EXPERIMENT}: `momentum` must lie in [0, 1), got {config.momentum}.")
+    if not 0 <= config.warmup <= 1:
+        raise ValueError(f"{EXPERIMENT}: `warmup` must lie in [0, 1], got {config.warmup}: a share of the iterations.")
+    if not config.networks:
+        raise ValueError(f"{EXPERIMENT}: `networks` must name one or more, got none.")
     if not config.learning_rates or min(config.learning_rates) <= 0:
         raise ValueError(f"{EXPERIMENT}: `learning_rates` must be positive, got {config.learning_rates}.")
     device_of(config.device, EXPERIMENT)
     for network in config.networks:
         with torch.device("meta"):
-            make_network(network, activation=config.activation)
+            make(config, network, 10, batch_norm=True)
 
 
 def run(config: Config) -> dict[str, Any]:

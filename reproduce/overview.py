@@ -4,7 +4,6 @@ python -m reproduce.overview [--output FILE.png]
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,8 @@ from common.functional import classification_loss
 from common.initializers import scale_weights_
 from common.networks import make_network
 from common.optimizers import sgd
-from common.types import Batch
-from data import load_images, sample_batches
 from papers import initialize
+from reproduce.bring_data import bring_data
 from reproduce.command import end_well
 from reproduce.figures import save_png
 
@@ -67,20 +65,15 @@ PANELS = (
 )  # fmt: skip
 
 
-def batches(size: int = 128) -> Iterator[Batch]:
-    data = load_images("digits")
-    generator = torch.Generator().manual_seed(0)
-    return sample_batches(data.train, size, mean=data.mean, std=data.std, generator=generator, augment=False)
-
-
 def history_of(panel: Panel) -> list[float]:
     """The shown number at each step of the method, from one draw of a plain tanh network at half of Kaiming's scale."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = make_network("plain-5-8", activation="tanh", stem_stride=2)
         scale_weights_(model, 0.5)
-    pool = [batch for batch, _ in zip(batches(), range(70), strict=False)]
-    result = initialize(model, panel.method, classification_loss, pool, progress=False, **panel.options)
+    # 22 batches a pass: a task of DIMAML, 10 to train on and 2 held out, lies within one
+    batches = bring_data("digits", batch_size=64, device="cpu", caller="overview").init_batches(seed=0)
+    result = initialize(model, panel.method, classification_loss, batches, progress=False, **panel.options)
     return [entry[panel.key] for entry in result.history]
 
 

@@ -66,6 +66,8 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.advance = advance
         self.units: dict[Connection, Any] = {}
+        self.finished: list[tuple[Connection, Record]] = []
+        self.failure: Exception | None = None
         self.processes: dict[Connection, Any] = {}
         threads = max(1, torch.get_num_threads() // count)
         for index in range(count):
@@ -98,22 +100,31 @@ class Workers:
         self._send(free, unit)
 
     def next_done(self) -> tuple[Any, Record]:
-        """A unit that was started, and its record.
+        """A unit that was started, and its record. What others have finished comes before what went wrong in one.
 
         Raises:
             ValueError: What a user can mend went wrong in a worker.
             RuntimeError: Something else did, or the worker ended.
         """
-        while True:
+        while not self.finished:
+            if self.failure is not None:
+                failure, self.failure = self.failure, None
+                raise failure
             for connection in wait(list(self.units)):
                 assert isinstance(connection, Connection)
-                said, content = self._receive(connection)
+                try:
+                    said, content = self._receive(connection)
+                except RuntimeError as error:
+                    self.failure = error
+                    continue
                 if said == "advance":
                     self.advance(content)
                 elif said == "done":
-                    return self.units.pop(connection), content
+                    self.finished.append((connection, content))
                 else:
-                    raise ValueError(content) if said == "mistake" else RuntimeError(content)
+                    self.failure = ValueError(content) if said == "mistake" else RuntimeError(content)
+        connection, record = self.finished.pop(0)
+        return self.units.pop(connection), record
 
     def everywhere(self, unit: Any) -> list[Record]:
         """The unit's record from every process; all of them do it at the same time."""

@@ -17,13 +17,16 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 def paired_interval(
     after: Sequence[float], before: Sequence[float], *, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Student's interval for the mean of after − before, pairs sharing a seed. Infinite with fewer than two pairs."""
+    """Student's interval for the mean of after − before, pairs sharing a seed.
+
+    Infinite with fewer than two pairs, and where the differences are all the same and not 0: on few test examples they
+    may be, and nothing is known of their spread.
+    """
     differences = np.subtract(after, before)
     if len(differences) < 2:
         return -math.inf, math.inf
-    # no spread to estimate from, but for round-off: the interval is the point itself
-    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():
-        return float(differences[0]), float(differences[0])
+    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # but for round-off
+        return (-math.inf, math.inf) if differences.any() else (0.0, 0.0)
     interval = stats.ttest_1samp(differences, 0.0).confidence_interval(confidence)
     return float(interval.low), float(interval.high)
 
@@ -43,6 +46,12 @@ def compare(arm: str, other: str, after: Mapping[int, float], before: Mapping[in
     return {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": len(seeds)}
 
 
+def no_interval(pairs: int) -> str:
+    """Why there is none."""
+    why = "one seed" if pairs == 1 else f"the same at all {pairs} seeds, so that nothing is known of its spread"
+    return f"{why}: no interval, no conclusion"
+
+
 def conclude(comparison: Mapping[str, Any]) -> str:
     """No claim without an interval that carries it."""
     difference, low, high = (100 * comparison[key] for key in ("difference", "low", "high"))
@@ -50,6 +59,6 @@ def conclude(comparison: Mapping[str, Any]) -> str:
     if comparison["pairs"] == 0:
         return f"{comparison['arm']} against {comparison['against']}: nothing to compare."
     if not math.isfinite(low):
-        return f"{what} (one seed: no interval, no conclusion)."
+        return f"{what} ({no_interval(comparison['pairs'])})."
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
     return f"{what}, {verdict} (95 % t-interval {low:+.1f} to {high:+.1f}, {comparison['pairs']} paired seeds)."

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from common.functional import in_evaluation_mode
+
 GATES = ("input", "forget", "cell", "output")
 
 State = list[tuple[Tensor, Tensor]]
@@ -172,17 +174,16 @@ def bits_per_character(model: CharLSTM, streams: Int64[Tensor, "b n"], *, chunk:
             "bits_per_character: `streams` must hold at least two characters a stream, and `chunk` be at least 1, "
             f"got {tuple(streams.shape)} and {chunk}."
         )
-    was_training, was_fused = model.training, model.fused
+    was_fused = model.fused
     device = model.classifier.weight.device
     total, state = torch.zeros((), dtype=torch.float64, device=device), None
     try:
-        model.eval()
         model.fused = True
-        for first in range(0, streams.shape[1] - 1, chunk):
-            part = streams[:, first : first + chunk + 1].to(device)
-            logits, state = model.continued(part[:, :-1], state)
-            total += F.cross_entropy(logits, part[:, 1:], reduction="sum").double()
+        with in_evaluation_mode(model):
+            for first in range(0, streams.shape[1] - 1, chunk):
+                part = streams[:, first : first + chunk + 1].to(device)
+                logits, state = model.continued(part[:, :-1], state)
+                total += F.cross_entropy(logits, part[:, 1:], reduction="sum").double()
     finally:
         model.fused = was_fused
-        model.train(was_training)
     return (total / (len(streams) * (streams.shape[1] - 1)) / math.log(2)).item()

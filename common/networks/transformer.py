@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from common.functional import in_evaluation_mode
+
 NORMS = ("post", "pre", "none")
 
 
@@ -262,13 +264,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"generate: `beam` and `max_length` must be at least 1, got {beam} and {max_length}. Greedy is beam=1."
             )
-        training = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
+        with in_evaluation_mode(self):
             return self._search(source, bos, eos, max_length, beam)
-        finally:
-            for module, was in training:
-                module.training = was
 
     def _search(self, source: Tensor, bos: int, eos: int, max_length: int, beam: int) -> Tensor:
         memory, mask = (part.repeat_interleave(beam, 0) for part in self.encode(source))

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from common.batches import length_of, tensors_of
 from common.batchnorm import fresh_statistics
-from common.derivatives import check_twice_differentiable, tape
+from common.derivatives import check_differentiable, tape
 from common.descent import trainable
 from common.functional import (
     BatchNormMode,
@@ -312,21 +312,29 @@ def dimaml(
             "variant": variant,
             "laws": {key: _description(law) for key, law in laws.families.items()},
             "model": _fingerprint(model, laws, batch_norm),
+            "start": _start_fingerprint(start),
         }
+        options = json.loads(json.dumps(options, default=lambda number: number.item()))  # NumPy's numbers too
         if path.exists():
             state = _read(path, state, options, generator, most=meta_steps)
+            if state.lost_in_a_row >= patience and len(state.history) == meta_steps:
+                raise NotFiniteError(
+                    f"dimaml: the last {state.lost_in_a_row} meta-steps that {path} holds were not finite, and none is "
+                    "left to make. A larger `patience` takes what was learned before them; another file starts anew. "
+                    "The model is unchanged."
+                )
 
     device = next(iter(trainable(model).values())).device
     with ExitStack() as stack:
         stack.enter_context(full_precision(device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if state.history:
-            source.go_on_after(state.drawn, generator, skip=not callable(task_sampler))
+            source.go_on_after(state.seeds, generator, skip=not callable(task_sampler))
         bar = stack.enter_context(Progress(transient=True)) if progress else None
         shown = None if bar is None else bar.add_task("dimaml", total=meta_steps, completed=len(state.history))
         for t in range(len(state.history) + 1, meta_steps + 1):
             G, measured, odd = meta_step.of(laws.with_parameters(state.psi))
-            state.drawn = source.drawn
+            state.seeds = source.seeds
             entry = {"step": float(t), **dict.fromkeys(MEASURED, math.nan), "skipped": 0.0, "zeroed": 0.0} | measured
             if G is not None:
                 norm = entry["gradient_norm"] = torch.nn.utils.get_total_norm(list(G.values())).item()
@@ -528,19 +536,20 @@ class _Tasks:
     first_order: bool
     vmap: bool
     stacked: bool
-    drawn: int = 0
+    seeds: list[int] = field(default_factory=list)
     shapes: dict[str, tuple[str, list[tuple[int, ...]]]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     classes: int | None = None
     checked: bool = False
     resumed: bool = False
 
-    def go_on_after(self, used: int, generator: torch.Generator, *, skip: bool) -> None:
-        """Pass over the tasks of a collection that the run has used before it was interrupted."""
-        self.resumed, self.drawn = True, used
+    def go_on_after(self, used: list[int], generator: torch.Generator, *, skip: bool) -> None:
+        """Pass over the tasks of a collection that the run has used before it was interrupted, each under its seed."""
+        self.resumed, self.seeds = True, list(used)
         before = generator.get_state()
         if skip:
-            for _ in range(used):
+            for seed in used:
+                _seed_globally(seed, next(self.model.parameters()).device)
                 next(self.stream)
         generator.set_state(before)  # which an iterator of the user's may draw from
 
@@ -548,7 +557,7 @@ class _Tasks:
         """The training batches and the held-out ones."""
         _seed_globally(seed, next(self.model.parameters()).device)
         task = next(self.stream)
-        self.drawn += 1
+        self.seeds.append(seed)
         if not isinstance(task, (tuple, list)) or len(task) != 2:
             got = type(task).__name__ + (f" of {len(task)}" if isinstance(task, (tuple, list)) else "")
             raise ValueError(
@@ -591,8 +600,8 @@ class _Tasks:
         only = " only without `vmap`, which stacks several tasks: pass vmap=False." if self.stacked else "."
         raise ValueError(
             f"dimaml: {kind} batches must be of one shape in all tasks, got {shapes} in batch {k + 1} of task "
-            f"{self.drawn} after {first} in the first. Crop, resize or pad to one shape; the length of sequences of "
-            f"integers, (examples, length), may vary{only}"
+            f"{len(self.seeds)} after {first} in the first. Crop, resize or pad to one shape; the length of sequences "
+            f"of integers, (examples, length), may vary{only}"
         )
 
     def naming_the_layer(self, batch: Batch) -> AbstractContextManager[None]:
@@ -611,14 +620,14 @@ class _Tasks:
             # an uninterrupted run would skip the step here
             with suppress(NotFiniteError) if self.resumed else nullcontext():
                 check_first_batch(model, loss_fn, batch, "dimaml", batch_norm=batch_norm, exact=self.exact)
-        if loss_fn is classification_loss:
+        if loss_fn is classification_loss:  # also where a check of a resumed run met what is not finite
             self.classes = logits_of(model, first[0][0], "dimaml", parts[0][1]).shape[1]
         theta = tree_map(lambda leaf: leaf.clone().requires_grad_(), trainable(model))
         with self.naming_the_layer(first[0]):
             if len(train) and not self.first_order:
-                check_twice_differentiable(self.train_loss, theta, train[0], "dimaml")
+                check_differentiable(self.train_loss, theta, train[0], "dimaml")
             if self.vmap:
-                self.check_vmap(theta, *first)
+                self.check_vmap(theta, train[0] if len(train) else None, held_out[0])
             unused = [] if self.resumed else self.with_law
             for loss, part in ((self.train_loss, train), (self.held_out_loss, held_out)):
                 for k in range(len(part)):
@@ -636,12 +645,13 @@ class _Tasks:
                 "The model is unchanged."
             )
 
-    def check_vmap(self, theta: Params, *batches: Batch) -> None:
+    def check_vmap(self, theta: Params, train: Batch | None, held_out: Batch) -> None:
         """A layer that cannot be vectorised is found on one row; torch's own message tells what it does."""
         row = tree_map(lambda leaf: leaf.detach()[None], theta)
         try:
-            for batch in batches:
-                losses_of_rows(self.held_out_loss, shared=True)(row, batch)
+            if train is not None:
+                losses_of_rows(self.train_loss, shared=True)(row, train, seed=0)
+            losses_of_rows(self.held_out_loss, shared=True)(row, held_out)
         except RuntimeError as error:
             raise DerivativeError(
                 f"dimaml: with `vmap` every layer must be one that torch.func.vmap can follow, got: {error} "
@@ -798,12 +808,12 @@ class _State:
     psi: Params
     adam: OptimizerState
     history: list[dict[str, float]] = field(default_factory=list)
-    drawn: int = 0  # tasks: a step ends at the first that is not finite, and draws no others
+    seeds: list[int] = field(default_factory=list)  # of the tasks drawn: a step ends at the first that is not finite
     lost_in_a_row: int = 0
 
 
 _FORMAT = "dimaml.checkpoint"
-_VERSION = 1
+_VERSION = 2
 
 
 def _described(optimizer: Optimizer, steps: int) -> dict[str, Any]:
@@ -846,6 +856,21 @@ def _fingerprint(model: nn.Module, laws: InitDistribution, batch_norm: BatchNorm
     return digest.hexdigest()
 
 
+def _start_fingerprint(start: InitDistribution | Mapping[str, Any] | None) -> str | None:
+    """SHA-256 of the laws that a run was told to start from: functions of a tensor by their names alone."""
+    if start is None:
+        return None
+    digest = hashlib.sha256()
+    laws = start.families if isinstance(start, InitDistribution) else start
+    for key, law in sorted(laws.items()):
+        leaves = {} if callable(law) else law.parameters()
+        told = getattr(law, "__qualname__", type(law).__name__) if callable(law) else _description(law)
+        digest.update(json.dumps([key, told]).encode())
+        for leaf in leaves.values():
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _checked_path(checkpoint: str | os.PathLike[str]) -> Path:
     path = Path(checkpoint)
     if not path.parent.is_dir() or path.is_dir():
@@ -871,7 +896,7 @@ def _write(path: Path, state: _State, options: Mapping[str, Any], generator: tor
         "columns": columns,
         "adam_steps": int(state.adam["step"]),
         "lost_in_a_row": state.lost_in_a_row,
-        "drawn": state.drawn,
+        "seeds": state.seeds,
     }
     write_whole(path, header, tensors)
 
@@ -907,7 +932,7 @@ def _read(path: Path, start: _State, options: Mapping[str, Any], generator: torc
         )
     adam = {"step": torch.tensor(header["adam_steps"]), "hyper": start.adam["hyper"]}
     state = _State(dict(start.psi), dict(start.adam) | adam, lost_in_a_row=header["lost_in_a_row"])
-    state.drawn = header.get("drawn", options["tasks"] * done)  # a file of before tasks were counted
+    state.seeds = header["seeds"]
     for tree, leaves in [("psi", start.psi), *((key, start.adam[key]) for key in start.adam if key not in adam)]:
         read = {name: tensors[f"{tree}/{name}"].to(leaf) for name, leaf in leaves.items()}
         if tree == "psi":
@@ -920,6 +945,7 @@ def _read(path: Path, start: _State, options: Mapping[str, Any], generator: torc
 
 
 _MEANING = {
+    "start": ": other laws to start from",
     "laws": ": other tensors have laws, or laws of another kind or number of pieces",
     "model": ": other shapes, or other values of what no law draws (tensors without one, frozen tensors, buffers)",
 }

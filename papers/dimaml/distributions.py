@@ -23,6 +23,7 @@ from common.options import check_choice, check_number, check_positive, check_who
 from common.types import Params
 
 Variant = Literal["paper", "released"]
+VARIANTS = ("paper", "released")
 Rule = Literal["moments", "range"]
 FLOOR = 1e-20
 """The smallest rise and scale of PLIF: below any that matters, above zero."""
@@ -147,7 +148,7 @@ class PLIF:
     def __init__(
         self, increments: Tensor, bias: Tensor | float, scale: Tensor | float, *, variant: Variant = "paper"
     ) -> None:
-        check_choice("PLIF", "variant", variant, ("paper", "released"))
+        check_choice("PLIF", "variant", variant, VARIANTS)
         self.increments = _parameter("PLIF", "increments", increments, 1)
         self.bias = _parameter("PLIF", "bias", bias, 0)
         self.scale = _parameter("PLIF", "scale", scale, 0)
@@ -187,7 +188,7 @@ class PLIF:
             >>> PLIF.from_tensor(torch.tensor([0.0, 1.0, 4.0]), rule="range")  # U(0, 4): 4/√12
             PLIF(pieces=100; mean 2, std 1.155)
         """
-        check_choice("PLIF.from_tensor", "variant", variant, ("paper", "released"))
+        check_choice("PLIF.from_tensor", "variant", variant, VARIANTS)
         check_choice("PLIF.from_tensor", "rule", rule, (None, "moments", "range"))
         check_whole("PLIF.from_tensor", pieces=pieces, smallest=1)
         rule = rule or ("range" if variant == "released" else "moments")
@@ -243,7 +244,7 @@ class PLIF:
             PLIF(pieces=100; mean 1, std 0.1)
         """
         caller = "PLIF.from_quantiles"
-        check_choice(caller, "variant", variant, ("paper", "released"))
+        check_choice(caller, "variant", variant, VARIANTS)
         check_whole(caller, pieces=pieces, smallest=1)
         check_positive(caller, scale=scale)
         check_number(caller, tail=tail)
@@ -398,6 +399,7 @@ def softplus(v: Float[Tensor, "*n"], variant: Variant = "paper") -> Float[Tensor
         >>> softplus(torch.tensor([-1e4, 0.0, 1e4]))
         tensor([1.0000e-20, 6.9315e-01, 1.0000e+04])
     """
+    check_choice("softplus", "variant", variant, VARIANTS)
     if variant == "released":
         return torch.log(torch.exp(v) + 1 - _RELEASED_D)
     return torch.logaddexp(v, torch.zeros_like(v)) + FLOOR
@@ -412,6 +414,7 @@ def inverse_softplus(y: Float[Tensor, "*n"], variant: Variant = "paper") -> Floa
         >>> softplus(inverse_softplus(torch.tensor([0.01, 1.0, 1000.0])))
         tensor([1.0000e-02, 1.0000e+00, 1.0000e+03])
     """
+    check_choice("inverse_softplus", "variant", variant, VARIANTS)
     if variant == "released":
         return torch.log(torch.exp(y) - 1 + _RELEASED_D)
     y = (y - FLOOR).clamp(min=torch.finfo(torch.float32).tiny)

@@ -248,8 +248,6 @@ class InitDistribution:
                     f"InitDistribution.initialize_: every weight must be finite, got another in {_listed(broken)}. "
                     "Likely causes: parameters that are not, or a short floating-point type. The model is unchanged."
                 )
-            for leaf in own.values():  # each takes its own values first: one that cannot be written says so here
-                leaf.copy_(leaf.clone())
             scales = {name: _ratio(value.norm().item(), own[name].norm().item()) for name, value in drawn.items()}
             load_parameters_(model, drawn)
         return InitResult(scales, [], self.untouched(model, ignore_extra=ignore_extra))

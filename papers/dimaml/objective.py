@@ -50,7 +50,7 @@ def evaluation_steps(inner_steps: int, eval_every: int, first: int | None = None
         nearest = inner_steps % eval_every or min(eval_every, inner_steps)
         raise ValueError(
             f"evaluation_steps: evaluations every {eval_every} steps from step {first} must end at `inner_steps`, got "
-            f"{inner_steps}: what comes after the last would count for nothing. `first={nearest}` fits."
+            f"{inner_steps}: what comes after the last would count for nothing. A first step of {nearest} fits."
         )
     return list(range(first, inner_steps + 1, eval_every))
 
@@ -88,7 +88,8 @@ def loss_auc(
 
     Raises:
         NotFiniteError: A held-out loss, or during the backward pass an adjoint, is not finite.
-        ValueError, TypeError: As `unroll` does, of a captured tensor that requires a gradient, for one.
+        ValueError, TypeError: No held-out batch; and as `unroll` does, of a captured tensor that requires a gradient,
+            for one.
 
     Example:
         >>> from common.optimizers import sgd
@@ -98,6 +99,9 @@ def loss_auc(
         >>> loss_auc({"w": torch.tensor(2.0)}, step, half_square, [None] * 2, {1: None, 2: None})  # (1.8² + 1.62²)/4
         tensor(1.4661)
     """
+
+    if not validation:
+        raise ValueError("loss_auc: `validation` must hold a held-out batch for one step at least, got none.")
 
     def evaluated(state: Any, batch: Batch) -> Tensor:
         carried = {} if statistics is None else {"statistics": state["statistics"]}

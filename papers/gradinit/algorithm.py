@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from common.derivatives import check_twice_differentiable
+from common.derivatives import check_differentiable
 from common.descent import Descent, trainable
 from common.functional import (
     BatchNormMode,
@@ -19,7 +19,6 @@ from common.functional import (
     check_first_batch,
     check_next_batch,
     classification_loss,
-    logits_of,
     pure_loss,
     structural_copy,
 )
@@ -157,9 +156,7 @@ def gradinit(
         nonlocal classes, proven
         batch, other = next(stream)
         if t == 1:
-            check_first_batch(model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels)
-            if loss_fn is classification_loss:
-                classes = logits_of(model, batch[0], "gradinit", batch_norm).shape[1]
+            classes = check_first_batch(model, loss_fn, batch, "gradinit", batch_norm=batch_norm, exact=exact_kernels)
             _check_step(step, theta0)
         check_next_batch(model, batch, classes, "gradinit")
         try:
@@ -182,7 +179,7 @@ def gradinit(
                     look_ahead=look_ahead,
                 )
                 if not proven and (exact or branch == "constraint"):  # for its graph is as large as the constraint's
-                    check_twice_differentiable(loss, theta0, batch, "gradinit")
+                    check_differentiable(loss, theta0, batch, "gradinit")
                     proven = True
         except DerivativeError as error:
             if engine == "finite_difference":

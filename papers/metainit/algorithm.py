@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from numbers import Integral
 from typing import Literal
 
 import torch
@@ -17,27 +16,28 @@ from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common.batches import endless
+from common.batches import count_examples, endless
+from common.derivatives import check_differentiable, micro_batches
 from common.functional import (
     BatchNormMode,
     check_bare,
-    check_devices,
     check_first_batch,
-    check_labels,
+    check_next_batch,
     classification_loss,
     load_parameters_,
     logits_of,
-    parameters_of,
     pure_loss,
     uses_batch_statistics,
 )
 from common.guard import naming_the_layer
+from common.options import check_choice, check_number, check_positive, check_whole
 from common.precision import check_precision, full_precision
 from common.tree import tree_dots, tree_norms
-from common.types import Batch, InitResult, NotFiniteError, Params, UserLoss
-from papers.metainit.objective import Form, meta_gradient
+from common.types import Batch, InitResult, NotFiniteError, Params, PureLoss, UserLoss
+from papers.metainit.objective import FORMS, Form, meta_gradient
 
 Update = Literal["linear", "log"]
+UPDATES = ("linear", "log")
 
 
 def noise_batches(
@@ -104,11 +104,15 @@ def sign_momentum_step(
     Returns:
         New norms and momenta.
 
+    Raises:
+        ValueError: Another `update`.
+
     Example:
         >>> one = torch.ones(1)
         >>> sign_momentum_step(2 * one, 0 * one, one, lr=0.5, mu=0.9)
         (tensor([1.5000]), tensor([-0.5000]))
     """
+    check_choice("sign_momentum_step", "update", update, UPDATES)
     momenta = mu * momenta - lr * sigma
     if update == "log":
         return norms * momenta.exp(), momenta
@@ -122,10 +126,12 @@ def tunable_tensors(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     A tensor whose norm is zero or not finite has no direction to rescale: it is skipped, never divided by.
     """
     params = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
-    norms = dict(zip(params, tree_norms(parameters_of(model), params).tolist(), strict=True)) if params else {}
+    # a frozen one need not be of a type that has a norm
+    moving = {name: p.detach() for name, p in params.items() if p.requires_grad}
+    norms = dict(zip(moving, tree_norms(moving, moving).tolist(), strict=True)) if moving else {}
     skipped = {}
-    for name, parameter in params.items():
-        if not parameter.requires_grad:
+    for name in params:
+        if name not in moving:
             skipped[name] = "frozen: requires_grad is False"
         elif not math.isfinite(norms[name]):
             skipped[name] = f"its norm is not finite ({norms[name]})"
@@ -182,11 +188,12 @@ def metainit(
         linear_decay: Let lr fall linearly to zero over the steps.
         allow_sign_flip: Let a norm cross zero and so flip its tensor's sign, as Figure 2 does.
         minimum_ratio: ρ in (0, 1): without sign flips, the smallest fraction of its norm a tensor keeps in one step.
-        micro_batch_size: Examples held in memory at once; the same result at 1.4 to 1.8 times the arithmetic.
+        micro_batch_size: Examples held in memory at once; the same result at 1.4 to 1.8 times the arithmetic, for a
+            loss that is a mean over examples (not over the tokens of examples that differ in length, say).
         batch_norm: `"running"` (Figure 2: evaluation mode, in which fresh BatchNorm is the identity) or `"batch"`.
         exact: See `common.exact`; False only to measure what it costs.
-        input_shape: One example's shape, for noise batches.
-        num_classes: Classes of the noise labels; by default the number of the model's outputs.
+        input_shape: One example's shape, for noise batches; not with `batches`.
+        num_classes: Classes of the noise labels; by default the number of the model's outputs. Not with `batches`.
         batch_size: Examples a noise batch.
         generator: Source of the noise; by default one of its own, seeded with 0.
         on_step: Called after each step with that step's entry of the history.
@@ -198,8 +205,9 @@ def metainit(
         *before* the step's update) and `skipped`.
 
     Raises:
-        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`).
-        ValueError: An option out of range; nothing to tune; batches that do not fit the model or end too soon.
+        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); an option of another type.
+        ValueError: An option out of range; nothing to tune; batches that do not fit the model or end too soon; with
+            `micro_batch_size` a loss that is no mean over examples.
         NotFiniteError: A loss, quotient or meta-gradient that is not finite, with the step at which it happened (a
             ValueError too).
         DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
@@ -215,6 +223,10 @@ def metainit(
     """
     check_bare(model, "metainit")
     _check_options(steps, lr, momentum, epsilon, form, eta, update, minimum_ratio, micro_batch_size, batch_size)
+    if batches is not None and (input_shape is not None or num_classes is not None):
+        raise ValueError(
+            "metainit: `input_shape` and `num_classes` are noise's, got one with `batches`. Leave one or the other out."
+        )
     if micro_batch_size is not None and uses_batch_statistics(model, batch_norm):
         raise ValueError(
             "metainit: `micro_batch_size` needs examples that do not influence each other, got a model with BatchNorm "
@@ -231,15 +243,19 @@ def metainit(
     device = theta0[tuned[0]].device
     cuda_devices = [device] if device.type == "cuda" else []
     with full_precision(device), torch.random.fork_rng(cuda_devices):  # a DataLoader draws from the global generator
-        classes = None
         if batches is None:
             batches = _default_noise(model, loss_fn, input_shape, num_classes, batch_size, generator, batch_norm)
         stream = endless(batches, "metainit")
         first = next(stream)
-        check_first_batch(model, loss_fn, first, "metainit", batch_norm=batch_norm, exact=exact)
-        if loss_fn is classification_loss:
-            classes = logits_of(model, first[0], "metainit", batch_norm).shape[1]
+        classes = check_first_batch(
+            model, loss_fn, first, "metainit", batch_norm=batch_norm, exact=exact, micro_batch_size=micro_batch_size
+        )
         loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact)
+        if micro_batch_size is not None:
+            _check_mean(loss, first, micro_batch_size)
+        with naming_the_layer(model, loss_fn, first, "metainit", batch_norm=batch_norm, exact=exact):
+            piece = next(micro_batches(first, micro_batch_size))[1]
+            check_differentiable(loss, theta0, piece, "metainit", order=3 if form == "taylor" else 2)
 
         n0 = tree_norms(theta0, tuned)
         nu, m = n0.clone(), torch.zeros_like(n0)  # ν_l = ±n_l, negative once a norm has crossed zero (Figure 2 lets it)
@@ -247,9 +263,7 @@ def metainit(
         with Progress(transient=True) if progress else nullcontext() as bar:
             task = bar.add_task("MetaInit", total=steps) if bar is not None else None
             for t, batch in enumerate(itertools.islice(itertools.chain([first], stream), steps), start=1):
-                check_devices(model, batch, "metainit")
-                if classes is not None:
-                    check_labels(batch[1], classes, "metainit")
+                check_next_batch(model, batch, classes, "metainit")
                 theta = _rescaled(theta0, tuned, nu / n0)
                 with naming_the_layer(model, loss_fn, batch, "metainit", batch_norm=batch_norm, exact=exact):
                     G, metrics = meta_gradient(
@@ -324,6 +338,21 @@ def _to_host(step: int, metrics: dict[str, Tensor], slopes: Tensor, tuned: list[
     return {"step": float(step)} | entry
 
 
+def _check_mean(loss: PureLoss, batch: Batch, size: int) -> None:
+    """A loss that is no mean over examples is not the mean of its micro-batches' losses."""
+    count_examples(batch, "metainit")
+    piece = next(micro_batches(batch, max(size, 2)))[1]
+    whole = loss({}, piece)
+    summed = torch.stack([share * loss({}, part) for share, part in micro_batches(piece, max(1, size // 2))]).sum()
+    if not torch.isclose(whole, summed, rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            "metainit: with `micro_batch_size` the loss must be the mean of its examples' losses, got "
+            f"{whole.item():g} for some examples and {summed.item():g} as the mean over parts of them. Likely causes: "
+            "a mean over tokens of sequences that differ in length, class weights, a loss that compares examples. "
+            "Return the mean over examples, or leave the micro-batch size unset."
+        )
+
+
 def _default_noise(
     model: nn.Module,
     loss_fn: UserLoss,
@@ -359,14 +388,11 @@ def _check_options(
     micro_batch_size: int | None,
     batch_size: int,
 ) -> None:
-    counts = {"steps": steps, "batch_size": batch_size}
-    counts |= {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
-    for name, value in counts.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"metainit: `{name}` must be a positive whole number, got {value}.")
-    for name, value in {"lr": lr, "epsilon": epsilon, "eta": eta}.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"metainit: `{name}` must be positive and finite, got {value}.")
+    check_whole("metainit", smallest=1, steps=steps, batch_size=batch_size)
+    if micro_batch_size is not None:
+        check_whole("metainit", smallest=1, micro_batch_size=micro_batch_size)
+    check_positive("metainit", lr=lr, epsilon=epsilon, eta=eta)
+    check_number("metainit", momentum=momentum, minimum_ratio=minimum_ratio)
     if not 0 <= momentum < 1:
         raise ValueError(f"metainit: `momentum` must lie in [0, 1), got {momentum}.")
     if not 0 < minimum_ratio < 1:
@@ -374,7 +400,5 @@ def _check_options(
             f"metainit: `minimum_ratio` must lie in (0, 1), got {minimum_ratio}. "
             "Pass allow_sign_flip=True for Figure 2 without the guard."
         )
-    if form not in ("taylor", "step"):
-        raise ValueError(f"metainit: `form` must be 'taylor' or 'step', got {form!r}.")
-    if update not in ("linear", "log"):
-        raise ValueError(f"metainit: `update` must be 'linear' or 'log', got {update!r}.")
+    check_choice("metainit", "form", form, FORMS)
+    check_choice("metainit", "update", update, UPDATES)

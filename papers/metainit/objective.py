@@ -15,10 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.derivatives import accumulate, gradient, hvp, linearized_gradient, tape, taped_gradient
+from common.options import check_choice, check_positive
 from common.tree import flatten, numel, tree_add, tree_map, tree_vdot
 from common.types import Batch, Params, PureLoss
 
 Form = Literal["taylor", "step"]
+FORMS = ("taylor", "step")
 Metrics = dict[str, Float[Tensor, ""]]
 Linearize = Callable[[PureLoss, Params, Batch], tuple[Params, Callable[[Params], Params]]]
 
@@ -32,7 +34,7 @@ def relative_change(g: Tensor, c: Tensor, *, epsilon: float) -> Tensor:
     r"""Entrywise | (g − c) / (g + ε s) − 1 | = | s c + ε | / ( |g| + ε ).   (★)
 
     Eq. (1) subtracts two nearly equal numbers; since s² = 1 the difference is exactly the right-hand side.
-    An entry without gradient and without change (a dead unit, an unused embedding row) counts exactly 1.
+    An entry without gradient and without change (a dead unit, an unused embedding row) counts exactly 1; NaN at ε = 0.
 
     Args:
         g: Gradient, any shape.
@@ -55,7 +57,13 @@ def gradient_and_change(
     eta: float = 1.0,
     linearize: Linearize = linearized_gradient,
 ) -> tuple[Params, Params]:
-    r"""g and its change c along one step: c = H g (`"taylor"`), or c = (g − g(θ − η g)) / η (`"step"`)."""
+    r"""g and its change c along one step: c = H g (`"taylor"`), or c = (g − g(θ − η g)) / η (`"step"`).
+
+    Raises:
+        ValueError: Another form, or η ≤ 0.
+    """
+    check_choice("gradient_and_change", "form", form, FORMS)
+    check_positive("gradient_and_change", eta=eta)
     g, H = linearize(loss, theta, batch)  # θ → g, and v ↦ H v on the same graph
     if form == "taylor":
         return g, H(g)
@@ -82,6 +90,9 @@ def gradient_quotient(
 
     Returns:
         A scalar, differentiable in `theta`. It does not vanish for a linear loss: then it is mean ε / (|g| + ε).
+
+    Raises:
+        ValueError: Another form, or η ≤ 0.
 
     Example:
         >>> theta = {"w": torch.tensor([3.0, -1.0])}
@@ -127,8 +138,15 @@ def meta_gradient(
     Returns:
         `{name: ∂GQ/∂θ_name}` and scalars `gradient_quotient`, `live_gradient_quotient` (mean over entries with g ≠ 0),
         `dead_fraction` (share of entries with g = 0), `gradient_norm` (‖g‖₂).
+
+    Raises:
+        ValueError: Another form, η ≤ 0, or names that `theta` has not.
     """
+    check_choice("meta_gradient", "form", form, FORMS)
+    check_positive("meta_gradient", eta=eta)
     names = list(theta if tuned is None else tuned)
+    if unknown := [name for name in names if name not in theta]:
+        raise ValueError(f"meta_gradient: `tuned` must name tensors of `theta`, got {unknown[0]!r}.")
     if micro_batch_size is None:
         return _fused(loss, theta, batch, names, epsilon, form, eta)
     if form == "taylor":

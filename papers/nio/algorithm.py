@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.batches import endless, length_of, map_tensors, of_one_size
-from common.derivatives import Group, GroupMode, check_twice_differentiable
+from common.derivatives import Group, GroupMode, check_differentiable
 from common.descent import Descent, trainable
 from common.functional import (
     BatchNormMode,
@@ -23,7 +23,6 @@ from common.functional import (
     check_first_batch,
     check_next_batch,
     classification_loss,
-    logits_of,
     pure_loss,
     uses_batch_statistics,
 )
@@ -196,10 +195,11 @@ def nio(
             # what is built before the groups are gone through holds the graph of one of them, not of the batch
             first = batch if shared else map_tensors(lambda leaf: leaf[groups[0] if groups else slice(1)], batch)
             mean_loss = loss_fn if not shared or loss_fn is classification_loss else _mean_of(loss_fn)
-            check_first_batch(model, mean_loss, batch, "nio", batch_norm=batch_norm, exact=exact_kernels)
-            if loss_fn is classification_loss:
-                classes = logits_of(model, first[0], "nio", batch_norm).shape[1]
-            check_twice_differentiable(_mean_of_pure(loss) if shared else loss, theta0, first, "nio")
+            classes = check_first_batch(
+                model, mean_loss, batch, "nio", batch_norm=batch_norm, exact=exact_kernels,
+                micro_batch_size=chunk_size if by_example and not shared else None,
+            )  # fmt: skip
+            check_differentiable(_mean_of_pure(loss) if shared else loss, theta0, first, "nio")
         check_next_batch(model, batch, classes, "nio")
         if t == 1 and by_example and not shared:
             loss, mode = _vectorised(make(order=3), loss, theta0, batch, in_gradient)

@@ -1,6 +1,7 @@
 """The pure loss is the module's own loss, and the module never notices."""
 
 import copy
+import math
 import subprocess
 import sys
 import threading
@@ -24,9 +25,11 @@ from common.functional import (
     check_devices,
     check_first_batch,
     classification_loss,
+    in_evaluation_mode,
     load_parameters_,
     parameters_of,
     pure_loss,
+    unchanged_on_error,
     uses_batch_statistics,
 )
 from common.types import DerivativeError
@@ -298,6 +301,43 @@ def test_loading_writes_all_or_nothing(name, value, message):
     model = make([])
     with untouched(model), pytest.raises(ValueError, match=message):
         load_parameters_(model, {"0.weight": torch.zeros(6, 3), name: value})
+
+
+def test_a_parameter_that_cannot_be_written_leaves_the_others_as_they_were():
+    model = make([])
+    model[1].weight = nn.Parameter(torch.full((1, 1), -0.5).expand(*model[1].weight.shape))
+    values = {name: torch.randn(leaf.shape) for name, leaf in parameters_of(model).items()}
+    with untouched(model), pytest.raises(RuntimeError, match="single memory location"):
+        load_parameters_(model, values)
+
+
+def test_an_interrupt_while_writing_leaves_all_as_they_were():
+    model = make([])
+
+    @torch.no_grad()
+    def write() -> None:
+        with unchanged_on_error(model.parameters()):
+            model[0].weight.add_(1.0)
+            model[1].bias.fill_(math.nan)
+            raise KeyboardInterrupt
+
+    with untouched(model), pytest.raises(KeyboardInterrupt):
+        write()
+
+
+def test_modes_are_each_as_before_evaluation():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(4)))
+    model[1][0].eval()
+    modes = [module.training for module in model.modules()]
+
+    def evaluate() -> None:
+        with in_evaluation_mode(model):
+            assert not any(module.training for module in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        evaluate()
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_frozen_parameters_keep_the_models_values():

@@ -426,8 +426,8 @@ MUTANTS = [
     (
         "gain lost",
         "orthogonal",
-        "nn.init.orthogonal_(W, gain=gain, generator=generator)\n\n\ndef _check",
-        "nn.init.orthogonal_(W, generator=generator)\n\n\ndef _check",
+        "nn.init.orthogonal_(W, gain=gain, generator=generator)\n\n\n# --- Variance rules",
+        "nn.init.orthogonal_(W, generator=generator)\n\n\n# --- Variance rules",
     ),
     (
         "merely Gaussian",
@@ -438,8 +438,8 @@ MUTANTS = [
     (
         "signs of R forgotten",
         "orthogonal",
-        "gain=gain, generator=generator)\n\n\ndef _check",
-        "gain=gain, generator=generator).mul_(W.flatten()[0].sign())\n\n\ndef _check",
+        "gain=gain, generator=generator)\n\n\n# --- Variance rules",
+        "gain=gain, generator=generator).mul_(W.flatten()[0].sign())\n\n\n# --- Variance rules",
     ),
     ("tap off centre", "delta_orthogonal", "size // 2 for", "(size - 1) // 4 for"),
     ("gain lost", "delta_orthogonal", "W.shape[:2]), gain=gain, gen", "W.shape[:2]), gen"),
@@ -775,7 +775,11 @@ ERRORS = [
     (partial(initializers.normal_, std=-0.1), LINEAR, r"normal_: `std` must be positive and finite, got -0.1"),
     (partial(initializers.uniform_, bound=0.0), LINEAR, r"uniform_: `bound` must be positive and finite, got 0.0"),
     (partial(lsuv_, batch=(torch.ones(2, 3),), tolerance=0.0), LINEAR, r"lsuv_: `tolerance` must be positive"),
-    (partial(lsuv_, batch=(torch.ones(2, 3),), max_tries=0), LINEAR, r"lsuv_: `max_tries` must be positive"),
+    (
+        partial(lsuv_, batch=(torch.ones(2, 3),), max_tries=0),
+        LINEAR,
+        r"lsuv_: `max_tries` must be a whole number, 1 or more",
+    ),
     (fixup_, LINEAR, r"fixup_: `model` must have residual blocks and a linear classifier, got 0 and 1"),
     (
         fixup_,

@@ -285,13 +285,16 @@ def test_nesterovs_momentum_is_another_training():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "lion"}, r"TrainingConfig: `optimizer` must be one of sgd, adam, adamw, got 'lion'"),
-        ({"schedule": "step"}, r"TrainingConfig: `schedule` must be one of cosine, .*, inverse_sqrt, got 'step'"),
+        ({"optimizer": "lion"}, r"TrainingConfig: `optimizer` must be one of 'sgd', 'adam', 'adamw', got 'lion'"),
+        ({"schedule": "step"}, r"TrainingConfig: `schedule` must be one of 'cosine', .*, 'inverse_sqrt', got 'step'"),
+        ({"precision": "bf16"}, r"TrainingConfig: `precision` must be one of 'float32', 'bfloat16', got 'bf16'"),
+        ({"epochs": 0}, r"TrainingConfig: `epochs` must be a whole number, 1 or more, got 0"),
+        ({"warmup": 2.0}, r"TrainingConfig: `warmup` must lie in \[0, 1\], got 2.0"),
     ],
 )
 def test_unknown_choices(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainingConfig(epochs=1, **options)
+        TrainingConfig(**({"epochs": 1} | options))
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -395,6 +398,35 @@ def test_a_resumed_run_is_bit_identical(tmp_path, stopped_in, options):
     for name, leaf in whole.state_dict().items():
         assert torch.equal(seen.state_dict()[name], leaf)
     assert list(tmp_path.iterdir()) == []  # a finished run needs no checkpoint
+
+
+@pytest.mark.parametrize("change", [{"momentum": 0.5}, {"epochs": 5}, {"no_decay": ("*bias",)}], ids=str)
+def test_a_checkpoint_of_another_recipe_is_refused_and_kept(tmp_path, change):
+    config, path = TrainingConfig(epochs=4), tmp_path / "state.pt"
+
+    def failing(epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return batches(epoch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), config, train_batches=failing, checkpoint=path)
+    kept = path.read_bytes()
+    message = rf"must be a checkpoint of the same recipe, got other values of {next(iter(change))}\. Delete it"
+    with pytest.raises(OSError, match=message):
+        run(make_model(), replace(config, **change), checkpoint=path)
+    assert path.read_bytes() == kept
+
+
+def test_an_epoch_without_a_batch_is_named():
+    with pytest.raises(ValueError, match="`train_batches` must give batches, got none in epoch 1"):
+        run(make_model(), TrainingConfig(epochs=2), train_batches=lambda epoch: batches(epoch) if epoch == 0 else [])
+
+
+@pytest.mark.parametrize("name", ["no_decay", "lr_factors", "drops"])
+def test_a_string_is_no_tuple_of_patterns(name):
+    with pytest.raises(TypeError, match=rf"TrainingConfig: `{name}` must be a tuple, got the string '\*\.bias'"):
+        TrainingConfig(epochs=1, **{name: "*.bias"})
 
 
 def test_a_checkpoint_cut_off_while_written_is_not_read(tmp_path, monkeypatch):

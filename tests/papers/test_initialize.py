@@ -418,7 +418,7 @@ def test_wrapped_models_are_refused_by_every_method(method):
 def test_a_layer_in_the_way_of_a_derivative_is_named():
     model = nn.Sequential(nn.Linear(4, 3), CubedOnce())
     before = state_of(model)
-    for method in ("gradinit", "nio", "dimaml"):
+    for method in ("metainit", "gradinit", "nio", "dimaml"):
         with pytest.raises(DerivativeError, match=rf"{method}: .*once_differentiable"):
             initialize(model, method, batches=batches(), progress=False, **LEARNED[method])
     assert_same_state(model, before)

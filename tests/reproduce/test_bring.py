@@ -20,10 +20,12 @@ from pyarrow import parquet
 from torch import nn
 from torch.testing import assert_close
 
+from common.batches import endless
 from common.derivatives import group_gradients
 from common.functional import classification_loss, parameters_of, pure_loss
 from common.networks import make_network, reconstruction_loss
 from data import character_vocabulary, load_images, load_text
+from papers import _tasks_of
 from reproduce.bring import bring_data, bring_loss, bring_model, describe_model, evaluate, keyword_loss
 from tests.data.conftest import alone, closed_port  # noqa: F401 - fixtures
 
@@ -86,11 +88,24 @@ def test_images_are_normalised_shuffled_by_seed_and_epoch_and_the_short_batch_is
 def test_only_training_batches_are_augmented_and_only_when_asked_to():
     plain, augmented = digits(), digits(augment=True)
     assert not same(plain.train_batches(0, seed=0), augmented.train_batches(0, seed=0))
-    first = [list(itertools.islice(data.init_batches(seed=3), 12)) for data in (plain, augmented)]
+    first = [list(itertools.islice(endless(data.init_batches(seed=3), "a test"), 12)) for data in (plain, augmented)]
     assert same(*first)
     assert {len(y) for _, y in first[0]} == {8}
     assert not same(first[0][:5], first[0][5:10])  # a new order at every pass
     assert not same(first[0][:5], plain.train_batches(0, seed=3))  # and none of training's
+
+
+def test_a_pass_of_batches_for_initialisers_has_each_example_once():
+    data = digits()
+    batches = data.init_batches(seed=3)
+    passes = [torch.cat([x for x, _ in batches]) for _ in range(2)]
+    for x in passes:
+        assert len(x.flatten(1).unique(dim=0)) == len(x) == 40
+    assert not torch.equal(*passes)
+    # so that what DIMAML holds out of a task is not trained on in it
+    for train, held_out in itertools.islice(_tasks_of(data.init_batches(seed=3), 2, 1), 7):
+        seen = {tuple(row.tolist()) for x, _ in train for row in x.flatten(1)}
+        assert not seen & {tuple(row.tolist()) for x, _ in held_out for row in x.flatten(1)}
 
 
 def test_images_can_be_shrunk_and_noise_and_auto_are_there_too(alone):  # noqa: F811
@@ -111,7 +126,7 @@ def test_characters_come_in_windows_each_the_others_continuation():
         vocabulary.encode(text.test[:300])
     )
     for x, y in itertools.chain(
-        held_out, data.train_batches(0, seed=0), itertools.islice(data.init_batches(seed=0), 9)
+        held_out, data.train_batches(0, seed=0), itertools.islice(endless(data.init_batches(seed=0), "a test"), 9)
     ):
         assert torch.equal(x[:, 1:], y[:, :-1])
         assert x.shape[1] == 100
@@ -428,7 +443,7 @@ def test_loaders_give_the_same_batches_to_every_arm_and_leave_the_random_numbers
     assert same(passes[1], data.train_batches(1, seed=0))
     assert not any(same(a, b) for a, b in itertools.combinations(passes, 2))
     assert [len(y) for _, y in passes[0]] == [4, 4, 4, 4, 4, 2]
-    assert {len(y) for _, y in itertools.islice(data.init_batches(seed=0), 13)} == {4}
+    assert {len(y) for _, y in itertools.islice(endless(data.init_batches(seed=0), "a test"), 13)} == {4}
     assert [len(y) for _, y in data.test_batches()] == [4, 3]
     assert data.record["sha256_of"] == "the first training batch and the first test batch"
 
@@ -501,11 +516,11 @@ def test_only_batches_of_the_first_size_reach_an_initialiser(user):
     """)
     data = brought(f"{name}:make")
     assert [len(y) for _, y in data.train_batches(0, seed=0)] == [3, 5, 3, 2, 3, 7]
-    assert [len(y) for _, y in itertools.islice(data.init_batches(seed=0), 7)] == [3] * 7
+    assert [len(y) for _, y in itertools.islice(endless(data.init_batches(seed=0), "a test"), 7)] == [3] * 7
     with pytest.warns(UserWarning, match="should give the same batches at every pass"):
         shrinking = brought(f"{name}:shrinking")
     with pytest.raises(ValueError, match="every pass must have a batch of one size, got none of 9"):
-        list(itertools.islice(shrinking.init_batches(seed=0), 20))
+        list(itertools.islice(endless(shrinking.init_batches(seed=0), "a test"), 20))
 
 
 def test_any_pytree_is_taken(user):

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from common.networks import CharLSTM, FixupResNet18
 from common.training import TrainingResult
+from common.types import NotFiniteError
 from data import ImageSplit
 from papers.dimaml import InitDistribution, Normal
 from reproduce import dimaml, dimaml_autoencoder, dimaml_charlm, dimaml_fixup, dimaml_images
@@ -225,6 +226,34 @@ def test_a_run_cut_off_in_a_learning_and_in_a_training_ends_as_if_it_had_not_bee
     assert not list(tmp_path.glob("learning-*"))
     law = [InitDistribution.load(f / "laws-source-normal.safetensors").parameters() for f in (tmp_path, whole_fixup[0])]
     assert_close(law[0], law[1], rtol=0, atol=0)
+
+
+def test_a_family_and_a_baseline_that_fail_are_results(tmp_path, monkeypatch):
+    learn, start = dimaml.dimaml, FixupBench.start_baseline
+
+    def failing(*arguments, start, **rest):
+        if {law.kind for law in start.families.values()} == {"plif"}:
+            raise NotFiniteError("dimaml: 10 meta-steps in a row were not finite.")
+        return learn(*arguments, start=start, **rest)
+
+    def start_baseline(self, model, unit, generator):
+        if unit.arm == "metainit":
+            raise NotFiniteError("metainit: the gradient quotient must be finite.")
+        start(self, model, unit, generator)
+
+    monkeypatch.setattr(dimaml, "dimaml", failing)
+    monkeypatch.setattr(FixupBench, "start_baseline", start_baseline)
+    options = ("--data", "digits", "--output", str(tmp_path), "--seeds", "1")
+    for _ in range(2):  # the second has nothing left to do
+        status, screen, errors = run_here("fixup", *options)
+        assert status == 0, errors
+        words = " ".join(screen.split())
+        assert "failed. dimaml: 10 meta-steps in a row were not finite." in words
+        assert "failed. metainit: the gradient quotient must be finite." in words
+        arms = [r["arm"] for r in records_of(tmp_path) if r["kind"] == "training" and "failed" not in r]
+        assert "dimaml-normal" in arms
+        assert not {"dimaml-plif", "metainit"} & set(arms)
+        assert len(records_of(tmp_path)) == 2 + len(arms) + 1
 
 
 @pytest.mark.slow  # workers begin anew, each with its imports

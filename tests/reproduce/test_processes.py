@@ -57,6 +57,14 @@ def test_workers_do_units_and_say_what_went_wrong():
             ("error", RuntimeError, r"a unit of work raised.\n(?s:.*)KeyError: 'a bug'"),
             ("end", RuntimeError, "a worker must live as long as the run, got exit status 3"),
         ):
+            if unit == "error":  # what another has finished meanwhile is not lost
+                workers.start(unit)
+                workers.start("third")
+                time.sleep(1.0)
+                assert workers.next_done()[0] == "third"
+                with pytest.raises(kind, match=message):
+                    workers.next_done()
+                workers.units.clear()
             workers.start(unit)
             with pytest.raises(kind, match=message):
                 workers.next_done()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from reproduce.statistics import mean_and_deviation, paired_interval, percent
+from reproduce.statistics import compare, conclude, mean_and_deviation, paired_interval, percent
 
 
 def test_mean_and_deviation():
@@ -18,7 +18,27 @@ def test_paired_interval():
     low, high = paired_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), rel=1e-6)
     assert paired_interval([2.0], [1.0]) == (-math.inf, math.inf)
-    assert paired_interval([2.0, 3.0], [1.0, 2.0]) == (1.0, 1.0)
+    assert paired_interval([2.0, 3.0], [1.0, 2.0]) == (-math.inf, math.inf)  # no spread: of it nothing is known
+    assert paired_interval([0.3, 0.1 + 0.2], [0.1, 0.1]) == (-math.inf, math.inf)  # but for round-off
+    assert paired_interval([2.0, 3.0], [2.0, 3.0]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "expected"),
+    [
+        ({0: 0.5}, {1: 0.4}, "A against B: nothing to compare."),
+        ({0: 0.5}, {0: 0.4}, r"A against B: +10.0 points (one seed: no interval, no conclusion)."),
+        ({0: 0.12, 1: 0.53}, {0: 0.10, 1: 0.51},
+         "A against B: +2.0 points (the same at all 2 seeds, so that nothing is known of its spread: no interval, no "
+         "conclusion)."),
+        ({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6},
+         "A against B: +0.0 points, no difference shown (95 % t-interval +0.0 to +0.0, 2 paired seeds)."),
+        ({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.1, 1: 0.21, 2: 0.29},
+         "A against B: +40.0 points, higher (95 % t-interval +37.5 to +42.5, 3 paired seeds)."),
+    ],
+)  # fmt: skip
+def test_no_claim_without_an_interval(after, before, expected):
+    assert conclude(compare("A", "B", after, before)) == expected
 
 
 def test_percent():

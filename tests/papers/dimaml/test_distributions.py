@@ -40,6 +40,12 @@ def knots_of(v: Tensor, b: Tensor, r: Tensor, variant: str = "paper") -> np.ndar
 
 
 # ------------------------------------------------------------------------------- checks that mutants must fail
+def test_a_variant_of_another_name_is_refused():
+    for function in (softplus, inverse_softplus):
+        with pytest.raises(ValueError, match=r"softplus: `variant` must be one of 'paper', 'released', got 'relased'"):
+            function(torch.ones(2), "relased")
+
+
 def check_softplus(module):
     sp, isp = module.softplus, module.inverse_softplus
     number = lambda *values: torch.tensor(values, dtype=torch.float64)

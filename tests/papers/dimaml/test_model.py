@@ -277,7 +277,6 @@ MUTANTS = {
     "never mirrored": (DRAW, DRAW.replace(" antithetic=antithetic,", "")),
     "one generator state for all": ("block.drawn(law, generator,", "block.drawn(law, generator.clone_state(),"),
     "sample detached": (PARTS, f"({PARTS}).detach()"),
-    "no trial write": ("leaf.copy_(leaf.clone())", "pass"),
     "not finite written": ("if not value.isfinite().all()]:", "if False]:"),
     "scales upside down": ("return new / old if old", "return old / new if old"),
     "reasons forgotten": ("self.skipped.get(block.key, ", "{}.get(block.key, "),

@@ -305,10 +305,14 @@ def test_the_schedule():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((10, 4), ValueError, r"every 4 steps from step 4 must end at `inner_steps`, got 10: .* `first=2` fits"),
-        ((10, 20), ValueError, r"every 20 steps from step 20 must end at `inner_steps`, got 10: .* `first=10` fits"),
-        ((10, 5, 11), ValueError, r"from step 11 must end at `inner_steps`, got 10: .* `first=5` fits"),
-        ((0, 5), ValueError, r"must end at `inner_steps`, got 0: .* `first=0` fits"),
+        (
+            (10, 4),
+            ValueError,
+            r"every 4 steps from step 4 must end at `inner_steps`, got 10: .* A first step of 2 fits",
+        ),
+        ((10, 20), ValueError, r"every 20 steps from step 20 must end at `inner_steps`, got 10: .* step of 10 fits"),
+        ((10, 5, 11), ValueError, r"from step 11 must end at `inner_steps`, got 10: .* A first step of 5 fits"),
+        ((0, 5), ValueError, r"must end at `inner_steps`, got 0: .* A first step of 0 fits"),
         ((-1, 5), ValueError, r"evaluation_steps: `inner_steps` must be a whole number, 0 or more, got -1"),
         ((10, 0), ValueError, r"`eval_every` must be a whole number, 1 or more, got 0"),
         ((10, 5, -5), ValueError, r"`first` must be a whole number, 0 or more, got -5"),
@@ -328,11 +332,17 @@ def test_the_first_evaluation_that_an_error_names_fits(N):
         try:
             module.evaluation_steps(N, every, N + 1)
         except ValueError as error:
-            first = int(str(error).split("first=")[1].split("`")[0])
+            first = int(str(error).split("A first step of ")[1].split()[0])
             assert module.evaluation_steps(N, every, first)[-1] == N
 
 
 # ------------------------------------------------------------------------------- purity, errors
+def test_no_held_out_batch_is_no_objective():
+    step = training_step(lambda theta, _: theta["w"] ** 2, sgd(0.1))
+    with pytest.raises(ValueError, match=r"loss_auc: `validation` must hold a held-out batch .*, got none"):
+        module.loss_auc({"w": torch.tensor(2.0)}, step, lambda theta, _: theta["w"], [None], {})
+
+
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_nothing_of_the_callers_changes(antithetic):  # invariant 14
     for network in ("batch norm", "tied"):

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+import papers.metainit.algorithm as algorithm
 from common.functional import parameters_of, pure_loss
 from common.initializers import kaiming_, scale_weights_
 from common.networks import make_network
-from common.types import NotFiniteError
+from common.types import DerivativeError, NotFiniteError
 from papers.metainit import (
     gradient_quotient,
     metainit,
@@ -21,7 +22,8 @@ from papers.metainit import (
     sign_momentum_step,
     tunable_tensors,
 )
-from tests.papers.models import assert_same_state, mlp, state_of
+from tests.mutation import mutated, survives
+from tests.papers.models import CubedOnce, assert_same_state, mlp, state_of
 from tests.papers.networks import Tied, make, sequences
 
 QUIET = {"progress": False}
@@ -128,7 +130,7 @@ def test_a_guarded_norm_stays_positive(seed, lr, mu, update):
 # ------------------------------------------------------------------------------- the whole loop
 def check_figure_2(implementation, **options):
     """Figure 2 transcribed: one tensor at a time, plain autograd, Python numbers, the model's own parameters."""
-    lr, mu, steps, epsilon = 0.1, 0.9, 6, 1e-5
+    lr, mu, steps, epsilon = options.pop("lr", 0.1), 0.9, 6, 1e-5
     model = mlp(4, 6, 5, 3)
     reference = copy.deepcopy(model)
     batches = [
@@ -149,16 +151,31 @@ def check_figure_2(implementation, **options):
         with torch.no_grad():
             for name in momenta:
                 p = parameters[name]
-                n = p.norm().item()
+                n = p.norm().item()  # n + m < 0 turns the tensor round, whose norm is |n + m| from then on
                 sign = math.copysign(1.0, (p * G[name]).sum().item() / n)
                 momenta[name] = mu * momenta[name] - lr * sign
                 p.mul_((n + momenta[name]) / n)
-    implementation(model, batches=batches, steps=steps, allow_sign_flip=True, **QUIET)
+    result = implementation(model, batches=batches, steps=steps, lr=lr, allow_sign_flip=True, **QUIET)
     assert_close(parameters_of(model), parameters_of(reference), rtol=1e-10, atol=1e-12)
+    return result
 
 
 def test_the_default_is_figure_2():
     check_figure_2(metainit)
+
+
+def check_crossing(implementation):
+    assert sum(entry["sign_flips"] for entry in check_figure_2(implementation, lr=3.0).history) > 1
+
+
+def test_figure_2_where_norms_cross_zero():
+    check_crossing(metainit)
+
+
+def test_a_norm_that_forgets_that_it_crossed_is_caught():
+    mutant = mutated(algorithm, "nu = torch.where(nu < 0, -n, n)", "nu = n")
+    assert survives([lambda module: check_crossing(module.metainit)], mutated(algorithm, "nu = t", "nu = t"))
+    assert not survives([lambda module: check_crossing(module.metainit)], mutant)
 
 
 def test_figure_2_micro_batched():
@@ -167,7 +184,15 @@ def test_figure_2_micro_batched():
 
 @pytest.mark.parametrize(
     "options",
-    [{"lr": 0.11}, {"momentum": 0.5}, {"form": "step"}, {"update": "log"}, {"linear_decay": True}, {"epsilon": 1.0}],
+    [
+        {"lr": 0.11},
+        {"lr": 3.0, "allow_sign_flip": False},
+        {"momentum": 0.5},
+        {"form": "step"},
+        {"update": "log"},
+        {"linear_decay": True},
+        {"epsilon": 1.0},
+    ],
     ids=str,
 )
 def test_every_option_changes_the_result(options):
@@ -402,17 +427,19 @@ def nan_at(step: int):
 
 X = torch.ones(5, 4, dtype=torch.float64)
 BAD_OPTIONS = [
-    ({"steps": 0}, r"`steps` must be a positive whole number, got 0"),
-    ({"steps": -3}, r"`steps` must be a positive whole number, got -3"),
+    ({"steps": 0}, r"`steps` must be a whole number, 1 or more, got 0"),
+    ({"steps": 2.5}, r"`steps` must be a whole number, 1 or more, got 2.5"),
     ({"lr": 0.0}, r"`lr` must be positive and finite, got 0.0"),
     ({"lr": math.nan}, r"`lr` must be positive and finite, got nan"),
     ({"epsilon": -1e-5}, r"`epsilon` must be positive and finite, got -1e-05"),
     ({"eta": 0.0}, r"`eta` must be positive"),
     ({"momentum": 1.0}, r"`momentum` must lie in \[0, 1\), got 1.0"),
     ({"minimum_ratio": 1.5}, r"`minimum_ratio` must lie in \(0, 1\), got 1.5"),
-    ({"form": "second"}, r"`form` must be 'taylor' or 'step', got 'second'"),
-    ({"update": "adam"}, r"`update` must be 'linear' or 'log', got 'adam'"),
-    ({"micro_batch_size": 0}, r"`micro_batch_size` must be a positive whole number, got 0"),
+    ({"form": "second"}, r"metainit: `form` must be one of 'taylor', 'step', got 'second'"),
+    ({"update": "adam"}, r"metainit: `update` must be one of 'linear', 'log', got 'adam'"),
+    ({"micro_batch_size": 0}, r"`micro_batch_size` must be a whole number, 1 or more, got 0"),
+    ({"input_shape": (4,)}, r"`input_shape` and `num_classes` are noise's, got one with `batches`"),
+    ({"num_classes": 3}, r"`input_shape` and `num_classes` are noise's, got one with `batches`"),
     ({"batch_norm": "frozen"}, r"`batch_norm` must be 'batch' or 'running', got 'frozen'"),
     ({"batches": None, "input_shape": None}, r"`input_shape` .* must be given"),
     ({"batches": [(X, torch.full((5,), 7))]}, r"labels must lie in 0 … 2 .* got labels from 7 to 7"),
@@ -432,6 +459,98 @@ def test_bad_options(options, message):
     before = state_of(model)
     with pytest.raises(ValueError, match=message):
         metainit(model, **options)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": "0.1"}, {"lr": None}, {"momentum": "x"}, {"minimum_ratio": None}, {"steps": "5"}]
+)
+def test_options_of_another_type_are_refused(options):
+    with pytest.raises(TypeError, match=rf"metainit: `{next(iter(options))}` must be a number, got"):
+        metainit(mlp(4, 6, 3), input_shape=(4,), **(options | QUIET))
+
+
+def test_a_loss_that_is_no_mean_over_examples_is_refused_with_micro_batches():
+    model = mlp(4, 6, 3)
+    weights = torch.tensor([1.0, 2.0, 4.0])
+    weighted = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1], weights)
+    batches = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    before = state_of(model)
+    for size in (1, 2, 4):
+        with pytest.raises(ValueError, match=r"must be the mean of its examples' losses, got .* mean over parts"):
+            metainit(model, weighted, batches, steps=1, micro_batch_size=size, **QUIET)
+    own = lambda model, batch: model(batch["x"]).square().mean()
+    with pytest.raises(ValueError, match=r"what belongs to single examples must be in tensors, got a list of 2"):
+        metainit(model, own, [{"x": X[:2], "names": ["a", "b"]}], steps=1, micro_batch_size=1, **QUIET)
+    assert_same_state(model, before)
+    metainit(model, weighted, batches, steps=1, **QUIET)
+
+
+def test_no_more_examples_are_held_at_once_than_asked_for():
+    sizes = []
+
+    def own(model, batch):
+        sizes.append(len(batch[0]))
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    metainit(mlp(4, 6, 3), own, [(torch.randn(12, 4), torch.arange(12) % 3)], steps=2, micro_batch_size=3, **QUIET)
+    assert max(sizes) == 3
+
+
+class SquaredOnce(torch.autograd.Function):
+    """x², whose derivative's derivative is once_differentiable: right to the second order, silently 0 at the third."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SlopeOnce.apply(*ctx.saved_tensors, grad)
+
+
+class SlopeOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, grad):
+        ctx.save_for_backward(x, grad)
+        return 3 * x**2 * grad
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, outer):
+        x, grad = ctx.saved_tensors
+        return 6 * x * grad * outer, 3 * x**2 * outer
+
+
+class Layer(nn.Module):
+    def forward(self, x):
+        return SquaredOnce.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "forms", "ordinal"), [(CubedOnce, ("taylor", "step"), "second"), (Layer, ("taylor",), "third")]
+)
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_layer_that_torch_would_differentiate_in_part_is_refused(layer, forms, ordinal, size):
+    model = nn.Sequential(nn.Linear(4, 6), layer(), nn.Linear(6, 3))
+    options = {"batches": [(X, torch.arange(5) % 3)], "steps": 2, "micro_batch_size": size, "exact": False} | QUIET
+    before = state_of(model)
+    for form in forms:
+        with pytest.raises(
+            DerivativeError, match=rf"metainit: every layer must have a {ordinal} .*once_differentiable"
+        ):
+            metainit(model, form=form, **options)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_parameter_that_cannot_be_written_leaves_the_others_as_they_were(steps):
+    model = mlp(4, 6, 3)
+    model[2].weight = nn.Parameter(torch.full((1, 1), -0.5).expand(3, 6))
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        metainit(model, input_shape=(4,), steps=steps, **QUIET)
     assert_same_state(model, before)
 
 

@@ -128,6 +128,11 @@ def quotient_with(term: Callable[[Tensor, Tensor, float], Tensor], reduce=tree_m
     return gq
 
 
+@pytest.mark.parametrize("check", VALUE_CHECKS, ids=lambda check: check.__name__)
+def test_the_mutants_frame_itself_is_right(check):
+    check(quotient_with(lambda g, c, e: relative_change(g, c, epsilon=e), reduce=lambda tree: flatten(tree).mean()))
+
+
 def plain_sign(g: Tensor) -> Tensor:
     return torch.sign(g)
 
