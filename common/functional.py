@@ -477,6 +477,11 @@ def check_first_batch(
     Returns:
         The number of classes, where the loss is `classification_loss`.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{caller}: it must be called outside of torch.inference_mode, where nothing can be differentiated, got a "
+            "call within. torch.no_grad is no hindrance."
+        )
     check_devices(model, batch, caller)
     classes = None
     if loss_fn is classification_loss:

@@ -415,6 +415,15 @@ def test_wrapped_models_are_refused_by_every_method(method):
         initialize(lambda x: x, method, classification_loss, batches())
 
 
+@pytest.mark.parametrize("method", LEARNED)
+def test_inference_mode_is_named(method):
+    model = mlp(4, 3)
+    before = state_of(model)
+    with torch.inference_mode(), pytest.raises(ValueError, match=rf"{method}: .*outside of torch\.inference_mode"):
+        initialize(model, method, batches=batches(), progress=False, **LEARNED[method])
+    assert_same_state(model, before)
+
+
 def test_a_layer_in_the_way_of_a_derivative_is_named():
     model = nn.Sequential(nn.Linear(4, 3), CubedOnce())
     before = state_of(model)
