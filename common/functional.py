@@ -96,7 +96,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def put_back_(leaf: Tensor, value: Tensor) -> None:
     """Write only what has changed, bit for bit: a tensor that cannot be written (an expanded view) has not."""
-    if not torch.equal(_bits(leaf), _bits(value)):
+    if not leaf.is_meta and not torch.equal(_bits(leaf), _bits(value)):
         leaf.copy_(value)
 
 
@@ -566,8 +566,8 @@ def _check_classification(
     expected = (logits.shape[0] if micro_batch_size is None else len(x), *logits.shape[2:])
     if not y.is_floating_point() and (y.dtype != torch.int64 or tuple(y.shape) != expected):
         raise ValueError(
-            f"{caller}: labels for logits of shape {tuple(logits.shape)} must be int64 of shape {expected}, got "
-            f"{y.dtype} of shape {tuple(y.shape)}."
+            f"{caller}: labels for logits of shape {(expected[0], *logits.shape[1:])} must be int64 of shape "
+            f"{expected}, got {y.dtype} of shape {tuple(y.shape)}."
         )
     check_labels(y, logits.shape[1], caller)
     return logits.shape[1]

@@ -129,7 +129,7 @@ def compare_arms(
     bootstrap = found["low"], found["high"] = bootstrap_interval(differences)
     student = found["t_low"], found["t_high"] = paired_interval(differences, [0.0] * len(seeds))
     if differences[0] != 0 and np.ptp(differences) == 0:  # on few test examples; of no spread, nothing is known
-        return found | {"verdict": NO_SPREAD}
+        return found | {"t_low": None, "t_high": None, "verdict": NO_SPREAD}
     return found | {"verdict": verdict(bootstrap, student, higher_is_better=higher_is_better)}
 
 

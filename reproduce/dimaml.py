@@ -405,8 +405,10 @@ def compute(bench: Bench, folder: Run) -> None:
     """A record a unit of work, from as many processes as asked for; this one alone writes them."""
     todo = [unit for unit in bench.units() if folder.find(**unit.key) is None]
     for unit in bench.units():
-        if isinstance(unit, Learn) and "failed" in (folder.find(**unit.key) or {}):
-            todo = [other for other in todo if not _draws_from(other, unit)]
+        if isinstance(unit, Learn) and (record := folder.find(**unit.key)) is not None:
+            learning_path(folder.folder, unit).unlink(missing_ok=True)
+            if "failed" in record:
+                todo = [other for other in todo if not _draws_from(other, unit)]
     if not todo:
         return
     config = bench.config

@@ -511,9 +511,12 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
             tick = lambda _: progress.advance(bar, 0.2 / config.steps)  # noqa: E731
             record = run_initialisation(config, arm, seed, splits, tick)
             start = folder.append({"kind": "initialisation"} | key | record)
-        if "failed" not in start:
+        searches = [folder.find(kind="initialisation", **(key | {"arm": other.name})) for other in ARMS if other.nio]
+        lost = arm.extra and any("failed" in search for search in searches if search)  # no cost to make up for
+        if "failed" not in start and not lost:
             extra = updates_worth(config) if arm.extra else 0.0
-            rates = config.learning_rates if arm.all_seeds or seed == 0 else (best[arm.name],)
+            # of an arm that failed with the first seed the whole grid is still to be run
+            rates = config.learning_rates if arm.all_seeds or arm.name not in best else (best[arm.name],)
             trained = []
             for rate in rates:
                 progress.update(bar, description=f"{arm.name}, seed {seed}: train at {rate:g}")

@@ -89,7 +89,7 @@ class Workers:
 
     @property
     def has_room(self) -> bool:
-        return len(self.units) < len(self.processes)
+        return len(self.units) < len(self.processes) and self.failure is None
 
     @property
     def is_busy(self) -> bool:
@@ -115,14 +115,15 @@ class Workers:
                 try:
                     said, content = self._receive(connection)
                 except RuntimeError as error:
-                    self.failure = error
+                    self.failure = self.failure or error
                     continue
                 if said == "advance":
                     self.advance(content)
                 elif said == "done":
                     self.finished.append((connection, content))
                 else:
-                    self.failure = ValueError(content) if said == "mistake" else RuntimeError(content)
+                    error = ValueError(content) if said == "mistake" else RuntimeError(content)
+                    self.failure = self.failure or error
         connection, record = self.finished.pop(0)
         return self.units.pop(connection), record
 

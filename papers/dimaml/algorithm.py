@@ -862,7 +862,7 @@ def _start_fingerprint(start: InitDistribution | Mapping[str, Any] | None) -> st
         return None
     digest = hashlib.sha256()
     laws = start.families if isinstance(start, InitDistribution) else start
-    for key, law in sorted(laws.items()):
+    for key, law in laws.items():  # in their order: of patterns the last that fits counts
         leaves = {} if callable(law) else law.parameters()
         told = getattr(law, "__qualname__", type(law).__name__) if callable(law) else _description(law)
         digest.update(json.dumps([key, told]).encode())

@@ -633,6 +633,8 @@ def test_the_meta_device():
         model = make_network("resnet20")
     kaiming_(model, generator=seeded())
     assert model.classifier.weight.is_meta
+    with pytest.raises(ValueError, match="`mode` must be one of"):
+        kaiming_(model, generator=seeded(), mode="fan")
 
 
 def test_scaling():

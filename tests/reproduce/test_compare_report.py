@@ -168,7 +168,8 @@ def check_no_spread(module):
     # 12 − 10 and 53 − 51 of a hundred images: equal, though not in floating point
     found = module.compare_arms("a", "b", {0: 0.12, 1: 0.53}, {0: 0.10, 1: 0.51}, higher_is_better=True)
     assert found["verdict"] == "equal in all seeds: no claim"
-    assert found["difference"] == found["low"] == found["high"] == found["t_low"] == found["t_high"] == 0.02
+    assert found["difference"] == found["low"] == found["high"] == 0.02
+    assert (found["t_low"], found["t_high"]) == (None, None)
     assert compared(module, [0.0, 0.0])["verdict"] == "no difference shown"
 
 
@@ -386,13 +387,21 @@ def test_the_rule_is_said():
     assert "Each arm has its own learning rate, of 0.01, 0.1:" in how_chosen(summary_of())
     assert "flatters an arm, and the more so, the more of its rates train" in how_chosen(summary_of())
     assert "alike" not in how_chosen(summary_of())
-    chosen = {"arms": {"a": {"learning_rate": 0.1}, "b": {"learning_rate": 0.3}, "c": {"learning_rate": None}}}
+    found = {"a": (0.1, 0.5), "b": (0.3, 0.5), "c": (None, None), "d": (0.3, None)}  # all of d's trainings failed
+    chosen = {"arms": {arm: {"learning_rate": rate, "mean": mean} for arm, (rate, mean) in found.items()}}
     assert at_edge(chosen | {"learning_rates": [0.3, 0.1, 0.03]}) == (
         " Best at an edge of them, and maybe beyond it: the largest for b."
     )
     assert at_edge(chosen | {"learning_rates": [0.1, 0.3, 1.0]}).endswith("beyond it: the smallest for a.")
     assert at_edge(chosen | {"learning_rates": [0.01, 0.1, 0.3, 1.0]}) == ""
     assert how_chosen(summary_of(learning_rates=(0.1,))) == "Every arm was trained with the learning rate 0.1."
+
+
+def test_where_nothing_can_be_compared_the_seeds_are_not_to_blame():
+    found = [training("default", seed, [0.5]) for seed in range(3)] + [failed("nio", seed) for seed in range(3)]
+    said = how_sure(summary_of(found=found, arms=("default", "nio")))
+    assert said.startswith("Of no two arms two seeds were finished")
+    assert "--seeds" not in said
 
 
 def screen_of(summary: Any) -> str:
