@@ -398,7 +398,7 @@ def test_the_rule_is_said():
 
 
 def test_where_nothing_can_be_compared_the_seeds_are_not_to_blame():
-    found = [training("default", seed, [0.5]) for seed in range(3)] + [failed("nio", seed) for seed in range(3)]
+    found = [training("default", seed, [0.5]) for seed in range(3)]  # and nio refused the model
     said = how_sure(summary_of(found=found, arms=("default", "nio")))
     assert said.startswith("Of no two arms two seeds were finished")
     assert "--seeds" not in said
