@@ -177,7 +177,7 @@ def check_derivatives(
         checks = {name: problem.check(name, tolerance) for name in quantities}
         if any(not check.agrees for check in checks.values()):
             # The finer question only where it arises: each module by itself, on the inputs that it meets.
-            faults = _faults(model, loss_fn, batch, make_loss, quantities, tolerance)
+            faults = _faults(model, loss_fn, batch, make_loss, quantities, tolerance) or {}
             checks = {name: check if check.agrees else _blamed(name, check, faults) for name, check in checks.items()}
     return DerivativeReport(checks)
 
@@ -214,7 +214,12 @@ def naming_the_layer(
         if meaning is None or isinstance(error, DerivativeError):
             raise
         make_loss = partial(pure_loss, batch_norm=batch_norm, exact=exact, dtype=torch.float64)
-        faults = _faults(model, loss_fn, _of_few(batch), make_loss, [_OF_ORDER[order]], 1e-5)
+        faults = None
+        for part in (_of_few(batch), batch):  # a loss that knows the batch's size cannot be called on a few
+            faults = (
+                faults if faults is not None else _faults(model, loss_fn, part, make_loss, [_OF_ORDER[order]], 1e-5)
+            )
+        faults = faults or {}
         where = "; ".join(faults) or "The loss function, or the code between layers"
         raise DerivativeError(
             f"{caller}: {where}: {meaning}. The model is unchanged. Torch says: {_torch_says(error)}"
@@ -395,8 +400,11 @@ def _faults(
     make_loss: Callable[..., PureLoss],
     quantities: Sequence[str],
     tolerance: float,
-) -> dict[str, dict[str, str]]:
-    """`{module: {quantity: what is wrong}}` for the innermost modules at fault, on the inputs they meet in the loss."""
+) -> dict[str, dict[str, str]] | None:
+    """`{module: {quantity: what is wrong}}` for the innermost modules at fault, on the inputs they meet in the loss.
+
+    None: the loss could not be called, in double precision, say.
+    """
     calls: dict[str, tuple[tuple, dict]] = {}
     ended: list[str] = []
 
@@ -425,8 +433,8 @@ def _faults(
     try:
         with torch.no_grad():
             make_loss(model, recording)({}, batch)
-    except Exception:  # a model that cannot be called in double precision, say: what is known is said without a layer
-        return {}
+    except Exception:  # what is known is said without a layer
+        return None
     modules = dict(model.named_modules())
     faults: dict[str, dict[str, str]] = {}
     examined: dict[str, dict[str, str]] = {}  # of modules that are alike, one is enough

@@ -220,6 +220,7 @@ def check_initial_weights(module):
 
 
 LSTM_CHECKS = [check_cells, check_both_paths, check_continuation, check_bits, check_initial_weights]
+EVALUATION = "with in_evaluation_mode(model):"
 LSTM_MUTANTS = {
     "cell and output exchanged": ("i, f, g, o = (Wx", "i, f, o, g = (Wx"),
     "input and forget exchanged": ("c = f.sigmoid() * c + i.sigmoid()", "c = i.sigmoid() * c + f.sigmoid()"),

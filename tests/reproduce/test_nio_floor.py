@@ -210,9 +210,9 @@ def test_the_words_are_those_that_the_intervals_carry(records, expected):
 
 def test_the_floors_share_of_gc_is_told():
     said = sentence("released", summary_of(records_with(0.0, 0.0))["networks"]["resnet-8-bn"]["groups"]["released"])
-    assert said.startswith("released (the floor is 79 % of GC): at the start above the floor.")
+    assert said.startswith("released (the floor is 79 % of GC): at the start above the floor (in these seeds).")
     below = summary_of(records_with(0.0, 0.0, gc=0.1))["networks"]["resnet-8-bn"]["groups"]["released"]
-    assert sentence("released", below).startswith("released: at the start below the floor.")
+    assert sentence("released", below).startswith("released: at the start below the floor (in these seeds).")
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
