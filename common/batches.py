@@ -33,6 +33,13 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     return found
 
 
+def first_examples(batch: Batch, count: int) -> Batch:
+    """At most so many examples; a batch that cannot be divided stays as it is."""
+    if len({leaf.shape[:1] for leaf in tensors_of(batch)}) != 1:
+        return batch
+    return map_tensors(lambda leaf: leaf[:count], batch)
+
+
 def length_of(batch: Batch, caller: str, remedy: str) -> int:
     """How many examples the batch holds: the first dimension that all of its tensors share.
 

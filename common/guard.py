@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common.batches import map_tensors, tensors_of
+from common.batches import first_examples, map_tensors, tensors_of
 from common.derivatives import (
     GroupMode,
     HvpMode,
@@ -168,7 +168,7 @@ def check_derivatives(
             )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     group_size = 2 if uses_batch_statistics(model, batch_norm) else 1  # batch statistics are of two examples or more
-    batch = _of_few(batch, examples)
+    batch = first_examples(batch, examples)
     make_loss = partial(pure_loss, batch_norm=batch_norm, seed=seed, exact=exact, dtype=torch.float64)
     theta = parameters_of(model, dtype=torch.float64)
     with torch.enable_grad(), torch.random.fork_rng([p.device for p in model.parameters() if p.is_cuda][:1]):
@@ -180,13 +180,6 @@ def check_derivatives(
             faults = _faults(model, loss_fn, batch, make_loss, quantities, tolerance) or {}
             checks = {name: check if check.agrees else _blamed(name, check, faults) for name, check in checks.items()}
     return DerivativeReport(checks)
-
-
-def _of_few(batch: Batch, examples: int = 4) -> Batch:
-    """The first examples, where the batch can be divided: what a layer can do they tell as well."""
-    if len({leaf.shape[:1] for leaf in tensors_of(batch)}) != 1:
-        return batch
-    return map_tensors(lambda leaf: leaf[:examples], batch)
 
 
 @contextmanager
@@ -214,12 +207,10 @@ def naming_the_layer(
         if meaning is None or isinstance(error, DerivativeError):
             raise
         make_loss = partial(pure_loss, batch_norm=batch_norm, exact=exact, dtype=torch.float64)
-        faults = None
-        for part in (_of_few(batch), batch):  # a loss that knows the batch's size cannot be called on a few
-            faults = (
-                faults if faults is not None else _faults(model, loss_fn, part, make_loss, [_OF_ORDER[order]], 1e-5)
-            )
-        faults = faults or {}
+        examine = partial(_faults, model, loss_fn, make_loss=make_loss, quantities=[_OF_ORDER[order]], tolerance=1e-5)
+        faults = examine(first_examples(batch, 4))  # which tell as well what a layer can do
+        if faults is None:  # a loss that knows the batch's size cannot be called on a few
+            faults = examine(batch) or {}
         where = "; ".join(faults) or "The loss function, or the code between layers"
         raise DerivativeError(
             f"{caller}: {where}: {meaning}. The model is unchanged. Torch says: {_torch_says(error)}"

@@ -403,12 +403,7 @@ def run(make: type[Bench], config: Any) -> dict[str, Any]:
 
 def compute(bench: Bench, folder: Run) -> None:
     """A record a unit of work, from as many processes as asked for; this one alone writes them."""
-    todo = [unit for unit in bench.units() if folder.find(**unit.key) is None]
-    for unit in bench.units():
-        if isinstance(unit, Learn) and (record := folder.find(**unit.key)) is not None:
-            learning_path(folder.folder, unit).unlink(missing_ok=True)
-            if "failed" in record:
-                todo = [other for other in todo if not _draws_from(other, unit)]
+    todo = _left(bench.units(), folder)
     if not todo:
         return
     config = bench.config
@@ -427,26 +422,31 @@ def compute(bench: Bench, folder: Run) -> None:
                 work.start(unit)
             unit, record = work.next_done()
             folder.append(record)
-            if isinstance(unit, Learn):  # only now: its laws' record is kept
+            if isinstance(unit, Learn):
                 learning_path(folder.folder, unit).unlink(missing_ok=True)
-                if "failed" in record:
-                    todo = [other for other in todo if not _draws_from(other, unit)]
+                todo = _left(todo, folder)
 
 
-def _draws_from(unit: Unit, learning: Learn) -> bool:
-    """Whether the unit is a training from the laws that are learned there."""
-    return (
-        isinstance(unit, Train)
-        and unit.source is not None
-        and Learn(unit.source, LEARNED[unit.arm]).key == learning.key
-    )
+def _left(units: Sequence[Unit], folder: Run) -> list[Unit]:
+    """Those without a record whose laws can still be had; the state of a learning that is recorded is deleted."""
+    for unit in units:
+        if isinstance(unit, Learn) and folder.find(**unit.key) is not None:
+            learning_path(folder.folder, unit).unlink(missing_ok=True)
+    return [
+        unit for unit in units if folder.find(**unit.key) is None and "failed" not in (_laws_of(unit, folder) or {})
+    ]
+
+
+def _laws_of(unit: Unit, folder: Run) -> Record | None:
+    """The record of the laws that a training is drawn from; None where there is none, or none yet."""
+    if isinstance(unit, Learn) or unit.source is None:
+        return None
+    return folder.find(**Learn(unit.source, LEARNED[unit.arm]).key)
 
 
 def _is_ready(unit: Unit, folder: Run) -> bool:
     """Whether the laws that it is to be drawn from have been learned."""
-    if isinstance(unit, Learn) or unit.source is None:
-        return True
-    return folder.find(**Learn(unit.source, LEARNED[unit.arm]).key) is not None
+    return isinstance(unit, Learn) or unit.source is None or _laws_of(unit, folder) is not None
 
 
 def _do(make: type[Bench], config: Any, folder: Path, index: int) -> Do:

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from common.batches import length_of, map_tensors, tensors_of
+from common.batches import first_examples, length_of
 from common.derivatives import check_differentiable, gradient, group_gradients, hvp
 from common.descent import trainable
 from common.functional import classification_loss, pure_loss, uses_batch_statistics
@@ -397,13 +397,6 @@ def in_short(error: Exception) -> str:
     """The first lines of what torch or a check says."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else f"{text[:400]} …"
-
-
-def first_examples(batch: Batch, count: int) -> Batch:
-    """At most so many examples: a user's loader makes batches of its own size. One that cannot be divided stays."""
-    if len({leaf.shape[:1] for leaf in tensors_of(batch)}) != 1:
-        return batch
-    return map_tensors(lambda leaf: leaf[:count], batch)
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -511,8 +511,8 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
             tick = lambda _: progress.advance(bar, 0.2 / config.steps)  # noqa: E731
             record = run_initialisation(config, arm, seed, splits, tick)
             start = folder.append({"kind": "initialisation"} | key | record)
-        searches = [folder.find(kind="initialisation", **(key | {"arm": other.name})) for other in ARMS if other.nio]
-        lost = arm.extra and any("failed" in search for search in searches if search)  # no cost to make up for
+        # where NIO failed there is no cost to make up for
+        lost = arm.extra and any("failed" in record and record["seed"] == seed for record in folder.records)
         if "failed" not in start and not lost:
             extra = updates_worth(config) if arm.extra else 0.0
             # of an arm that failed with the first seed the whole grid is still to be run

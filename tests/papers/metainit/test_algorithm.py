@@ -497,8 +497,8 @@ def test_no_more_examples_are_held_at_once_than_asked_for():
     assert max(sizes) == 3
 
 
-class SquaredOnce(torch.autograd.Function):
-    """x², whose derivative's derivative is once_differentiable: right to the second order, silently 0 at the third."""
+class Twice(torch.autograd.Function):
+    """x³, whose second derivative torch takes for a constant."""
 
     @staticmethod
     def forward(ctx, x):
@@ -523,13 +523,13 @@ class SlopeOnce(torch.autograd.Function):
         return 6 * x * grad * outer, 3 * x**2 * outer
 
 
-class Layer(nn.Module):
+class CubedTwice(nn.Module):
     def forward(self, x):
-        return SquaredOnce.apply(x)
+        return Twice.apply(x)
 
 
 @pytest.mark.parametrize(
-    ("layer", "forms", "ordinal"), [(CubedOnce, ("taylor", "step"), "second"), (Layer, ("taylor",), "third")]
+    ("layer", "forms", "ordinal"), [(CubedOnce, ("taylor", "step"), "second"), (CubedTwice, ("taylor",), "third")]
 )
 @pytest.mark.parametrize("size", [None, 2])
 def test_a_layer_that_torch_would_differentiate_in_part_is_refused(layer, forms, ordinal, size):
