@@ -85,13 +85,24 @@ def check_bounds(module):
     assert of(bounds={"*.weight": (0.5, 2.0), "head.*": (0.2, 3.0)})[0] == [0.5, 0.0, 0.5, 0.2]
 
 
+def check_what_is_not_finite(module):
+    # no clipping makes a number of it, and its neighbours do not notice
+    for clip in (1.0, 0.5, None):
+        adam = module.RescaleAdam(lr=0.1, clip=clip)
+        m = torch.ones(2)
+        for d in (math.inf, -math.inf, math.nan):
+            moved, _ = adam.update(m, torch.tensor([d, 0.3]), "objective", adam.init(m))
+            assert moved[0].isnan()
+            assert_close(moved[1], torch.tensor(0.9))
+
+
 def check_scaled(module):
     theta0 = {"w": torch.tensor([1.0, -2.0]), "b": torch.tensor([3.0])}
     theta = module.scaled(theta0, {"w": torch.tensor(0.5)})
     assert_close(theta, {"w": torch.tensor([0.5, -1.0]), "b": torch.tensor([3.0])})
 
 
-CHECKS = [check_transcription, check_bounds, check_scaled]
+CHECKS = [check_transcription, check_bounds, check_what_is_not_finite, check_scaled]
 MUTANTS = {
     "ascent": ("m = m - self.lr /", "m = m + self.lr /"),
     "first moment of the other branch": ("mu = beta1 * state.mu[branch]", 'mu = beta1 * state.mu["objective"]'),
@@ -116,6 +127,7 @@ MUTANTS = {
     "bias correction by all steps": ("(1 - beta1 ** k[branch])", "(1 - beta1 ** sum(k.values()))"),
     "counted late": ("k = state.k | {branch: state.k[branch] + 1}", "k = state.k | {branch: max(state.k[branch], 1)}"),
     "betas swapped": ("beta1, beta2 = self.betas", "beta2, beta1 = self.betas"),
+    "infinite slopes clipped": ("d = torch.where(d.isfinite(), d, torch.nan)", "d = d"),
     "no root": ("(nu / (1 - beta2**K)).sqrt()", "(nu / (1 - beta2**K))"),
     "eps inside the root": (".sqrt() + self.eps", ".add(self.eps).sqrt()"),
     "unclipped": ("d if self.clip is None else d.clamp(-self.clip, self.clip)", "d"),
@@ -222,6 +234,11 @@ def test_kinds():
     assert kinds["conv.weight"] == "conv"
     assert kinds["lstm.weight_ih_l0"] == kinds["alpha"] == "other"
     assert "head.weight" not in kinds  # tied: once, by its first name
+
+
+def test_the_transposed_linear_layer_of_gpt2_is_a_linear_layer():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    assert kinds_of(nn.Sequential(conv1d(6, 4))) == {"0.weight": "linear", "0.bias": "bias"}
 
 
 def test_which_tensors_get_a_multiplier():

@@ -197,7 +197,72 @@ def check_stuck_at_zero(module):
     assert runs["paper"][-1] > 0.5
 
 
-CHECKS = [check_algorithm_1, check_history, check_bounds, check_released_ties, check_stuck_at_zero]
+class Cubed(nn.Module):
+    def forward(self, x):
+        return x**3
+
+
+def check_engine(module):
+    """Through a layer that torch differentiates once, finite differences alone give the constraint's slopes."""
+    # with ε far above |d|, m − 1 = −τ d/(|d| + ε) says how large d is
+    options = {"batches": GOOD, "steps": 1, "gamma": 1e-9, "lr": 1e3, "eps": 1e6, "clip": None, **QUIET}
+    slopes = []
+    for layer, engine in ((Cubed, "lazy"), (CubedOnce, "finite_difference")):
+        model = mlp(4, 6, 3)
+        model[1] = layer()
+        scales = module.gradinit(model, engine=engine, **options).scales
+        slopes.append({name: 1 - scale for name, scale in scales.items()})
+    assert slopes[1] == pytest.approx(slopes[0], rel=0.03)  # of one-sided differences on inputs of one
+
+
+def check_own_step(module):
+    signs = lambda g: {name: leaf.sign() for name, leaf in g.items()}
+    cubes = lambda g: {name: leaf**3 for name, leaf in g.items()}
+    options = {"batches": BATCHES, "steps": 8, "gamma": 3.0, "lr": 0.05, **QUIET}
+    own, named = (module.gradinit(mlp(4, 8, 3), step=step, norm="l1", **options) for step in (signs, "adam"))
+    assert own.scales == named.scales
+    assert len({entry["constraint"] for entry in own.history}) == 2
+    # a smooth one is differentiated where it is to be: with ε far above |d|, the scale says d
+    S, other = next(batch_pairs(BATCHES))
+    S_tilde = other()
+    for exact in (False, True):
+        model = mlp(4, 8, 3)
+        loss, theta = pure_loss(model), parameters_of(model)
+
+        def of_scales(m, loss=loss, theta=theta, exact=exact):
+            scaled = {name: m[name] * leaf for name, leaf in theta.items()}
+            direction = cubes(torch.func.grad(loss)(scaled if exact else theta, S))
+            return loss({name: leaf - 0.3 * direction[name] for name, leaf in scaled.items()}, S_tilde)
+
+        d = torch.func.grad(of_scales)({name: torch.ones((), dtype=torch.float64) for name in theta})
+        told = options | {"steps": 1, "gamma": 1e9, "lr": 1e3, "eps": 1e6, "clip": None, "eta": 0.3}
+        scales = module.gradinit(model, step=cubes, exact=exact, **told).scales
+        d = {name: slope / 0.3 for name, slope in d.items()}  # the released factor 1/η
+        expected = {name: (1e3 * slope / (slope.abs() + 1e6)).item() for name, slope in d.items()}
+        assert {name: 1 - scale for name, scale in scales.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def check_exact_kernels(module):
+    # a loop in reverse differentiates torch's norms rightly; the re-expressed ones are what `exact_kernels` asks for
+    seen = []
+    real = module.pure_loss
+    module.pure_loss = lambda *args, **options: seen.append(options) or real(*args, **options)
+    try:
+        for variant in ("paper", "released"):
+            for told in ({}, {"exact_kernels": False, "batch_norm": "running"}):
+                seen.clear()
+                batch = batches_like(sequences())[0]
+                module.gradinit(Tied().double(), batches=[batch], steps=0, variant=variant, **told, **QUIET)
+                wanted = {"batch_norm": told.get("batch_norm", "batch"), "exact": told.get("exact_kernels", True)}
+                assert seen == [wanted | {"order": 2}] * (2 if variant == "released" else 1)
+    finally:
+        module.pure_loss = real
+
+
+CHECKS = [
+    check_algorithm_1, check_history, check_bounds, check_released_ties, check_stuck_at_zero, check_engine,
+    check_own_step, check_exact_kernels,
+]  # fmt: skip
 MUTANTS = {
     "eta at its default": ("                    eta=eta,\n", ""),
     "gamma at its default": ("                    gamma=gamma,\n", ""),
@@ -209,6 +274,16 @@ MUTANTS = {
     "no clipping": ("clip=clip, shared", "clip=None, shared"),
     "running statistics of the moments": ("betas=betas, eps=eps", "betas=(0.5, 0.5), eps=eps"),
     "no smallest scale": ("min_scale=min_scale", "min_scale=0.0"),
+    "engine at its default": ("                    engine=engine,\n", ""),
+    "the user's step lost": ("                    step=step,\n", ""),
+    "the user's step not differentiated": ("                    exact=exact,\n", ""),
+    "kernels always exact": (
+        "loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact_kernels",
+        "loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=True",
+    ),
+    "released look-ahead in other statistics": (
+        "pure_loss(untied, loss_fn, batch_norm=batch_norm", 'pure_loss(untied, loss_fn, batch_norm="batch"',
+    ),
 }  # fmt: skip
 DESCENT_MUTANTS = {
     "model written with other multipliers": ("{name: m[k] * theta0", "{name: m[k] ** 2 * theta0"),
@@ -558,6 +633,8 @@ GOOD = [(X, Y)]
         ({"batches": [(X, Y), (X[:4], Y[:4]), (X, Y)]}, ValueError, r"must be of one size, got 4 examples after 6"),
         ({"batches": [(X, Y + 1)]}, ValueError, r"labels must lie in 0 … 2 .* got labels from 1 to 3"),
         ({"batches": [*GOOD, (X, Y - 1)]}, ValueError, r"labels must lie in 0 … 2 .* got labels from -1 to 2"),
+        ({"batches": [*GOOD, (X, Y - 1)], "gamma": 1e-9}, ValueError, r"labels must lie in 0 … 2 .* from -1 to 1"),
+        ({"batches": [*GOOD, (X, Y - 100)], "gamma": 1e-9}, ValueError, r"got labels from -100 to -98"),
         ({"batches": [(X * math.nan, Y)]}, NotFiniteError, r"the loss must be finite, got nan at the first batch"),
         ({"batches": [*GOOD * 2, (X * math.nan, Y)]}, NotFiniteError, r"at step 2: loss and gradient must be finite"),
         ({"batches": [X]}, ValueError, r"the default loss needs batches \(x, y\)"),
@@ -632,6 +709,9 @@ def test_a_layer_that_torch_would_differentiate_in_part_is_refused():
     before = state_of(model)
     with pytest.raises(DerivativeError, match=r"once_differentiable.* fails: engine='finite_difference'"):
         gradinit(model, batches=GOOD, steps=2, gamma=1e-9, **QUIET)
+    assert_same_state(model, before)
+    with pytest.raises(DerivativeError, match="once_differentiable"):  # the step's derivative is one too
+        gradinit(model, batches=GOOD, steps=1, gamma=math.inf, step="sgd", exact=True, **QUIET)
     assert_same_state(model, before)
     gradinit(model, batches=GOOD, steps=2, gamma=1e-9, engine="finite_difference", **QUIET)
     gradinit(model, batches=GOOD, steps=2, gamma=math.inf, **QUIET)  # no second derivative is taken

@@ -287,13 +287,53 @@ def check_explicit_options_win(module):
          "coupling": "independent", "grad_params": "all", "objective": "gc"},
         groups=[slice(0, 3), slice(1, 5), slice(3, 7), slice(5, 8)], in_gradient=in_gradient, stuck=True,
     )  # fmt: skip
-    paper = {"rule": "released", "coupling": "shared", "grad_params": "released", "objective": "gc_gn_sqrt"}
-    paper |= {"splits": 4, "overlap": 0.3}
-    results = [
-        module.nio(copy.deepcopy(Normed()), batches=batches, steps=3, **options, **QUIET)
-        for options in (paper, {"variant": "released", "splits": 4, "overlap": 0.3})
-    ]
-    assert results[0].history[0].keys() == results[1].history[0].keys()
+    compare(
+        module, Normed(), batches,
+        {"variant": "paper", "splits": 4, "overlap": 0.3, "gamma": 1.2, "lr": 0.1, "rule": "released",
+         "coupling": "shared", "grad_params": "released", "objective": "gc_gn_sqrt"},
+        groups=windows(8, 4, 0.3, rule="released"), in_gradient=lambda name: not name.startswith("norm"),
+        J=lambda GC, GN, GV, r: -GC - sum(r), shared=True,
+    )  # fmt: skip
+
+
+def check_gradient_tensors(module):
+    class Every(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1d, self.conv2d, self.linear = nn.Conv1d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Linear(2, 2)
+            self.layer, self.group = nn.LayerNorm(2), nn.GroupNorm(1, 2)
+            self.instance, self.batch = nn.InstanceNorm2d(2, affine=True), nn.BatchNorm2d(2)
+            self.embedding, self.token = nn.Embedding(2, 2), nn.Parameter(torch.ones(2))
+            self.linear.bias.requires_grad_(False)
+
+    names = [name for name, _ in Every().named_parameters() if name != "linear.bias"]
+    without = [name for name in names if not name.startswith("batch.")]
+    released = [name for name in names if name.split(".")[0] in ("conv2d", "linear", "layer")]
+    wanted = {"all": names, "without_batch_norm": without, "released": released}
+    assert {name: module.gradient_tensors(Every(), name) for name in wanted} == wanted
+
+
+def check_what_is_passed_on(module):
+    """What changes no number: how many graphs are held at once, by which way, through which kernels."""
+    calls, losses = [], []
+    real, make = module.scale_gradients, module.pure_loss
+    module.scale_gradients = lambda *args, **options: calls.append(options) or real(*args, **options)
+    module.pure_loss = lambda *args, **options: losses.append(options) or make(*args, **options)
+    try:
+        for told, size, mode in (
+            ({}, 32, "vmap"), ({"chunk_size": 5}, 5, "vmap"), ({"splits": 8}, 4, "loop"),
+            ({"splits": 8, "chunk_size": 3}, 3, "loop"), ({"coupling": "shared"}, 32, "loop"),
+        ):  # fmt: skip
+            calls.clear()
+            module.nio(mlp(4, 6, 3), batches=batches_like(BATCHES[0], size=16), steps=2, **told, **QUIET)
+            assert {(call.get("chunk_size"), call.get("mode")) for call in calls[-2:]} == {(size, mode)}
+        for told in ({}, {"exact_kernels": False, "batch_norm": "running"}):
+            losses.clear()
+            module.nio(mlp(4, 6, 3), batches=BATCHES, steps=1, **told, **QUIET)
+            wanted = {"batch_norm": told.get("batch_norm", "batch"), "exact": told.get("exact_kernels", True)}
+            assert losses == [wanted | {"order": order} for order in (2, 3)]
+    finally:
+        module.scale_gradients, module.pure_loss = real, make
 
 
 def check_losses_of_examples(module):
@@ -321,6 +361,8 @@ CHECKS = [
     check_released,
     check_sub_batches,
     check_explicit_options_win,
+    check_gradient_tensors,
+    check_what_is_passed_on,
 ]
 GRAD_PARAMS = 'grad_params = "released" if released else "without_batch_norm"'
 CALL = "                coupling=coupling,\n                chunk_size=chunk_size,"
@@ -343,6 +385,20 @@ MUTANTS = {
     "batch norm in the gradient": ("chosen = kinds.keys() - of_batch_norm", "chosen = set(kinds)"),
     "all means some": ('"all":\n        chosen = set(kinds)', '"all":\n        chosen = kinds.keys() - of_batch_norm'),
     "patterns ignored": ("if matches(name, kind, patterns)}", "}"),
+    "an explicit rule ignored": ("if rule is None:", 'if variant == "paper":'),
+    "an explicit objective ignored": ("if objective is None:", 'if variant == "paper":'),
+    "an explicit coupling ignored": ("if coupling is None:", 'if variant == "paper":'),
+    "explicit tensors ignored": ("if grad_params is None:", 'if variant == "paper":'),
+    "no layer norm in the released gradient": ("(nn.Conv2d, nn.Linear, nn.LayerNorm)", "(nn.Conv2d, nn.Linear)"),
+    "every convolution in the released gradient": ("(nn.Conv2d, nn.L", "(nn.modules.conv._ConvNd, nn.L"),
+    "instance norm left out too": ("nn.modules.batchnorm._BatchNorm)", "nn.modules.batchnorm._NormBase)"),
+    "chunk size at its default": (CALL, CALL.replace("                chunk_size=chunk_size,", "")),
+    "chunk sizes swapped": (
+        "EXAMPLES_AT_ONCE if by_example else SUB_BATCHES_AT_ONCE",
+        "SUB_BATCHES_AT_ONCE if by_example else EXAMPLES_AT_ONCE",
+    ),
+    "always in a loop": ("                mode=mode,\n", '                mode="loop",\n'),
+    "kernels always exact": ("exact=exact_kernels)\n    theta0", "exact=True)\n    theta0"),
     "always stuck": ('stuck_at_zero=variant == "released"', "stuck_at_zero=True"),
     "never stuck": ('stuck_at_zero=variant == "released"', "stuck_at_zero=False"),
     "torch's own norms under vmap": ("_vectorised(make(order=3), loss", "_vectorised(make(order=2), loss"),
@@ -629,6 +685,16 @@ def test_small_batches_with_batch_norm_are_cut_into_fewer(size, splits):
     assert result == nio(copy.deepcopy(model), batches=batches, steps=2, splits=splits, **QUIET)
 
 
+def test_an_overlap_is_one_of_the_sub_batches_that_batch_norm_makes():
+    torch.manual_seed(0)
+    batches = batches_like(BATCHES[0], size=8)
+    model = Normed()
+    with pytest.warns(UserWarning, match=COUPLED):
+        result = nio(copy.deepcopy(model), batches=batches, steps=2, overlap=0.5, **QUIET)
+    assert result == nio(copy.deepcopy(model), batches=batches, steps=2, splits=4, overlap=0.5, **QUIET)
+    assert result.history[0]["floor"] > 0
+
+
 @pytest.mark.parametrize(("splits", "most"), [(None, 1), (4, 2)])
 def test_no_graph_is_as_large_as_the_batch(splits, most):
     # of the batch as a whole only values are computed: a graph holds no more than one group, or a chunk of them
@@ -664,6 +730,22 @@ def test_a_model_that_vmap_cannot_follow_is_gone_through_example_by_example():
     looped = nio(copy.deepcopy(model), batches=BATCHES, steps=3, splits=6, **QUIET)  # windows of one example each
     assert_close(result.scales, looped.scales, rtol=1e-12, atol=0)
     assert_close(result.history, looped.history, rtol=1e-12, atol=1e-14)
+
+
+def test_memory_that_runs_out_is_no_model_that_vmap_cannot_follow(monkeypatch):
+    real = algorithm.scale_gradients
+
+    def short_of_memory(*args, mode="loop", **options):
+        if mode == "vmap":
+            raise torch.OutOfMemoryError("of 78 GiB")
+        return real(*args, mode=mode, **options)
+
+    monkeypatch.setattr(algorithm, "scale_gradients", short_of_memory)
+    model = mlp(4, 6, 3)
+    before = state_of(model)
+    with pytest.raises(torch.OutOfMemoryError, match="of 78 GiB"):
+        nio(model, batches=BATCHES, steps=1, **QUIET)
+    assert_same_state(model, before)
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "batch norm"])

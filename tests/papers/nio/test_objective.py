@@ -727,7 +727,8 @@ def test_zero_gradients_are_no_trouble(seed, dead, which, gamma, chunk):
     assert all(value.isfinite() for name, value in metrics.items() if name != "norm_ratio")
     _, d, metrics = scale_gradients(loss, theta0, m, torch.zeros(3, 2), **options)
     assert not vector(d).any()
-    assert metrics["grad_cosine"] == metrics["grad_norm"] == 0
+    assert metrics["grad_cosine"] == metrics["grad_norm"] == metrics["grad_variance"] == 0
+    assert metrics["share/w"] == metrics["share/b"] == 0
     # the zero gradient's own derivative counts in no objective: as if only the others were differentiated
     v = cotangents(group_gradients(loss, theta0, x), which)
     assert which.startswith("gv") or not rows(v)[dead].any()
@@ -858,3 +859,15 @@ def test_bad_input_is_named(call, error, message):
 
 def test_one_gradient_has_a_cosine_with_itself():
     assert_close(grad_cosine({"w": torch.ones(1, 3)}, include_diagonal=True), torch.tensor(1.0))
+
+
+@settings(max_examples=20)
+@given(seeds, st.integers(2, 9))
+def test_gradients_that_agree_have_no_negative_variance(seed, n):
+    # E‖g‖² − ‖ḡ‖² is a difference of two numbers that are equal but for rounding
+    theta0, _, (x, *rest) = small_problem(seed)
+    x = x[:1].expand(n, *x.shape[1:])
+    batch = (x, *(leaf[:1].expand(n, *leaf.shape[1:]) for leaf in rest))
+    for mode in ("loop", "vmap"):
+        variance = measure(small_loss, theta0, batch, mode=mode)["grad_variance"]
+        assert 0 <= variance.item() < 1e-12
