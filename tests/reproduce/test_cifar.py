@@ -9,7 +9,7 @@ import torch
 
 from common.record import Run, open_run, write_environment
 from reproduce.cifar import Arm, Config, order_of_work, take_over
-from reproduce.cifar_report import taken
+from reproduce.cifar_report import ends, mean_ends, summarise, taken
 
 CONFIG = Config(preset="smoke", networks=("resnet-8",), seeds=2)
 ARMS = (
@@ -143,3 +143,35 @@ def test_a_damaged_run_is_refused_by_the_name_of_its_file(theirs, ours):
     (theirs.folder / "environment.json").write_text("[", "utf-8")
     with pytest.raises(ValueError, match=r"take_over: .*environment.json must be a JSON object"):
         take_over(ARMS, WORK, ours, theirs.folder)
+
+
+# ---------------------------------------------------------------------------------------------- the numbers reported
+def trained(arm: str, seed: int, accuracies: list[float]) -> dict:
+    history = [{"epoch": k, "test_accuracy": accuracy} for k, accuracy in enumerate(accuracies, 1)]
+    key = {"network": "n", "arm": arm, "seed": seed}
+    return {"kind": "training"} | key | {"history": history, "diverged": False, "seconds": 10.0 * seed}
+
+
+def test_the_first_the_best_and_the_last_epoch_are_told_apart():
+    records = [trained("own", 2, [0.2, 0.6, 0.5]), trained("own", 1, [0.3, 0.1, 0.25])]
+    records += [trained("new", seed, [0.4, 0.5, 0.9]) for seed in (1, 2, 3)]
+    claims = [("first_epoch_accuracy", "new", "own", "first"), ("best_accuracy", "new", "own", "best")]
+    found = summarise(records, ["own", "new"], claims, lambda _: {})["networks"]["n"]
+    row = found["arms"]["own"]
+    assert row["seeds"] == [1, 2]
+    assert row["first_epoch_accuracy"] == [0.3, 0.2]
+    assert row["best_accuracy"] == [0.3, 0.6]
+    assert row["final_accuracy"] == [0.25, 0.5]
+    assert row["epochs"] == [3, 3]
+    assert row["training_seconds"] == 15.0
+    first, best = found["comparisons"]  # over the seeds that both have
+    assert first["pairs"] == best["pairs"] == 2
+    assert first["difference"] == pytest.approx(0.4 - 0.25)
+    assert best["difference"] == pytest.approx(0.9 - 0.45)
+
+
+def test_the_ends_of_a_search_are_its_first_and_last_tenth():
+    history = [{"norm": float(k)} for k in range(40)]
+    assert ends(history, "norm") == (1.5, 37.5)
+    assert ends(history[:5], "norm") == (1.0, 3.0)  # three iterations at least
+    assert mean_ends([(1.0, 5.0), (2.0, 9.0)]) == (1.5, 7.0)

@@ -177,13 +177,21 @@ def test_trainings_are_the_released_ones(monkeypatch, tmp_path, network, learnin
 
 
 def test_a_start_too_bad_for_gradinit_is_a_result(tmp_path, monkeypatch):
+    told = []
+
     def failing(model, **options):
+        told.append(options)
         raise NotFiniteError("gradinit: at step 1: loss and gradient must be finite.")
 
     monkeypatch.setattr(cifar, "gradinit", failing)
     torch.set_default_dtype(torch.float32)
     options = {"data": "digits", "output": tmp_path / "run", "quiet": True, "networks": ("resnet-8",), "seeds": 1}
-    summary = run(replace(PRESETS["smoke"], learning_rate=1e30, **options))
+    search = {"eta": 0.2, "gamma": 2.0, "exact": True, "engine": "nested"}
+    config = replace(PRESETS["smoke"], learning_rate=1e30, **search, **options)
+    summary = run(config)
+    recipe = recipe_of(config, "resnet-8")
+    search |= {"steps": recipe.steps, "lr": recipe.lr}
+    assert [{name: options[name] for name in search} for options in told] == [search]
     arms = summary["networks"]["resnet-8"]["arms"]
     assert arms["GradInit"]["seeds"] == []
     assert len(arms["GradInit"]["failed"]) == 1

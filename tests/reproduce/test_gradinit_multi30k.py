@@ -128,13 +128,30 @@ def test_every_run_diverged_is_a_result(tmp_path, capsys):
 
 
 def test_where_gradinit_failed_there_is_nothing_to_make_up_for(tmp_path, monkeypatch):
+    told = []
+
     def failing(model, *_, **options):
+        told.append(options)
         raise NotFiniteError("gradinit: at step 1: loss and gradient must be finite.")
 
     monkeypatch.setattr(module, "gradinit", failing)
     torch.set_default_dtype(torch.float32)
-    options = {"data": "reversed", "quiet": True, "optimizers": ("adam",), "seeds": 1}
-    summary = run(replace(PRESETS["smoke"], output=tmp_path / "run", **options))
+    options = {"data": "reversed", "quiet": True, "optimizers": ("adam", "sgd"), "seeds": 1}
+    config = replace(PRESETS["smoke"], output=tmp_path / "run", **options)
+    summary = run(config)
+    # as released for translation, and our own settings for SGD
+    both = {
+        "steps": config.steps,
+        "lr": config.meta_learning_rate,
+        "bounds": {"norm": (0.01, 100.0)},
+        "pairs": "thirds",
+    }
+    adam = {"step": "adam", "eta": config.eta, "gamma": config.gamma, "clip": None, "betas": (0.9, 0.98),
+            "shared_second_moment": False}  # fmt: skip
+    sgd = {"step": "normalized_sgd", "eta": config.sgd_eta, "gamma": config.sgd_gamma}
+    for options in told:
+        del options["on_step"], options["progress"]
+    assert told == [both | adam, both | sgd]
     arms = summary["optimizers"]["adam"]["arms"]
     assert len(arms[WITH_GRADINIT]["failed"]) == 1
     assert arms["Post-LN, longer"]["trainings"] == 0

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch import nn
 
-from reproduce.cifar import order_of_work
-from reproduce.nio_cifar10 import EXPERIMENT, PRESETS, epochs_worth, run
+from common.types import InitResult
+from data import load_images
+from reproduce import nio_cifar10
+from reproduce.cifar import Start, order_of_work
+from reproduce.images import Splits
+from reproduce.nio_cifar10 import EXPERIMENT, PRESETS, by_nio, epochs_worth, run
 from reproduce.nio_report import CLAIMS, print_report, save_figure, summarise
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of, whole_lines
@@ -129,6 +134,35 @@ def test_a_run_of_something_else_is_refused(beside, tmp_path, change, message):
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert records_of(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("splits", [None, "examples"])
+def test_the_search_is_as_configured(monkeypatch, splits):
+    told = []
+
+    def recorder(model, **options):
+        told.append(options)
+        return InitResult({"weight": 0.5}, [{"grad_norm": 2.5}])
+
+    monkeypatch.setattr(nio_cifar10, "nio", recorder)
+    config = replace(
+        PRESETS["smoke"], nio_splits=3, nio_overlap=0.25, nio_objective="gc_gn", nio_steps=7, nio_learning_rate=0.02,
+        nio_norm_bound=1.5, nio_batch_size=12,
+    )  # fmt: skip
+    data = load_images("digits", train=60, test=20)
+    start = Start(config, "resnet-8", 0, Splits(data.train, data.test, data.test, data), lambda _: None)
+    record = by_nio(nn.Linear(2, 2), start, splits=splits)
+    groups = {"splits": 3, "overlap": 0.25} if splits is None else {"splits": "examples", "overlap": 0.0}
+    measurement, search = told
+    expected = groups | {"objective": "gc_gn"}
+    assert {name: measurement[name] for name in expected} == expected
+    assert (measurement["steps"], measurement["lr"]) == (1, 0.0)  # changes nothing
+    expected |= {"steps": 7, "lr": 0.02, "gamma": 1.5 * 2.5}
+    assert {name: search[name] for name in expected} == expected
+    x, _ = next(iter(search["batches"]))
+    assert len(x) == 12
+    assert record["epochs_worth"] == epochs_worth(config, splits == "examples", 60)
+    assert record["scales"] == {"weight": 0.5}
 
 
 def test_what_nio_costs_is_counted_by_form_and_overlap():

@@ -66,6 +66,9 @@ def test_the_first_iteration_sees_what_was_measured_before(complete):
             # float32, by vmap and by a loop
             assert record["history"][0][key] == pytest.approx(value, rel=1e-4, abs=1e-5)
         assert before["measured"] != record["measured"]
+    scales = {(r["network"], r["seed"], r["groups"], r["objective"]): r["scales"] for r in afters}
+    for network, seed, groups in befores:
+        assert scales[network, seed, groups, "gc"] != scales[network, seed, groups, "gc_gn_sqrt"]
 
 
 def test_a_run_asked_for_again_computes_nothing_and_half_a_run_the_rest(complete):

@@ -111,8 +111,9 @@ def test_scalings_are_log_uniform_reproducible_and_begin_with_none():
     assert (logs.square().mean() - 1 / 3).abs() < 4 * math.sqrt(4 / 45 / logs.numel())
 
 
-def test_measures_agree_with_a_loop_over_sub_batches(generator):
-    model = make_network("plain-4-4", batch_norm=True, num_classes=3)
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_measures_agree_with_a_loop_over_sub_batches_or_examples(generator, batch_norm):
+    model = make_network("plain-4-4", batch_norm=batch_norm, num_classes=3)
     batches = [
         (torch.randn(16, 3, 8, 8, generator=generator), torch.randint(3, (16,), generator=generator)) for _ in range(2)
     ]
@@ -122,19 +123,35 @@ def test_measures_agree_with_a_loop_over_sub_batches(generator):
         if not isinstance(module, torch.nn.BatchNorm2d)  # whose gains and shifts NIO leaves out of the gradient
         for leaf in module.parameters(recurse=False)
     ]
-    cosines, norms = [], []
-    for x, y in batches:
+
+    def gradients(x, y, parts):
         rows = []
-        for part in windows(16, 4):
+        for part in parts:
             loss = torch.nn.functional.cross_entropy(model(x[part]), y[part])
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, moving)]))
-        units = torch.stack([row / row.norm() for row in rows])
-        cosines.append((units @ units.T)[~torch.eye(4, dtype=torch.bool)].mean().item())
-        norms.append(torch.stack([row.norm() for row in rows]).mean().item())
+        return torch.stack(rows)
+
+    def cosines(rows):
+        units = rows / rows.norm(dim=1, keepdim=True)
+        return (units @ units.T)[~torch.eye(len(rows), dtype=torch.bool)]
+
+    expected = []
+    for x, y in batches:
+        of_windows = gradients(x, y, windows(16, 4))
+        row = {"grad_cosine_windows": cosines(of_windows).mean()}
+        G = of_windows if batch_norm else gradients(x, y, [slice(k, k + 1) for k in range(16)])
+        if not batch_norm:
+            row["grad_cosine_examples"] = cosines(G).mean()
+        n, r = len(G), G.norm(dim=1)
+        row["grad_norm"] = r.mean()
+        row["grad_sign"] = G.sign().sum(0).abs().sum() / G.numel()
+        row["optima_density"] = (G[:, None] - G[None]).abs().sum() / n**2
+        total = n + cosines(G).sum()
+        row["optima_bound"] = r.max() ** 2 / n * (n**2 * r.max() / r.min() - total)
+        expected.append({key: value.item() for key, value in row.items()})
     measured = measure(model, batches, 4)
-    assert "grad_cosine_examples" not in measured
-    assert measured["grad_cosine_windows"] == pytest.approx(sum(cosines) / 2, rel=1e-9)
-    assert measured["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-9)
+    assert measured.pop("gradient_quotient") > 0
+    assert measured == pytest.approx({key: (expected[0][key] + expected[1][key]) / 2 for key in expected[0]}, rel=1e-8)
 
 
 @pytest.mark.parametrize(

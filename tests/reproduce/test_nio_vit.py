@@ -126,12 +126,21 @@ def test_every_run_failed_is_a_result(tmp_path, capsys):
 
 
 def test_a_start_too_bad_for_nio_is_a_result(tmp_path, monkeypatch, capsys):
+    told = []
+
     def failing(model, *arguments, **options):
+        told.append(options)
         raise NotFiniteError("nio: at step 1: every group's gradient must be finite.")
 
     monkeypatch.setattr(module, "nio", failing)
     torch.set_default_dtype(torch.float32)
-    summary = run(replace(SMOKE, output=tmp_path / "run", seeds=1))
+    search = {"objective": "gc_gn", "steps": 3, "splits": 2, "overlap": 0.5}
+    config = replace(SMOKE, output=tmp_path / "run", seeds=1, gamma=1.5, **search)
+    summary = run(config)
+    [record] = [r for r in records_of(tmp_path / "run") if "failed" in r]
+    assert record["gamma"] == pytest.approx(1.5 * record["before"]["grad_norm"])
+    search |= {"gamma": record["gamma"], "lr": config.meta_learning_rate}
+    assert [{name: options[name] for name in search} for options in told] == [search]
     assert len(summary["arms"]["NIO"]["failed"]) == 1
     assert summary["arms"]["NIO"]["grid"] == summary["searches"] == []
     assert [c["pairs"] for c in summary["at_rates"]] == [0, 0]

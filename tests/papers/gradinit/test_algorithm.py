@@ -1,6 +1,7 @@
 """GradInit's loop: Algorithm 1 transcribed, the invariants of its result, what is left of the user's model, errors."""
 
 import copy
+import inspect
 import math
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from common import descent
-from common.functional import parameters_of, pure_loss
+from common.functional import classification_loss, parameters_of, pure_loss
 from common.scales import kinds_of
 from common.types import DerivativeError, NotFiniteError
-from papers.gradinit import batch_pairs, gradinit, relative_gradient_variance
+from papers.gradinit import batch_pairs, gradinit
 from papers.gradinit.objective import gradient_norm, look_ahead_loss
 from tests.conftest import ROOT
 from tests.mutation import mutated, survives
@@ -791,48 +792,21 @@ def test_one_module_under_two_names_is_stepped_as_a_whole_in_the_released_varian
     assert paper.history == released.history
 
 
-# ------------------------------------------------------------------------------- the gradient's variance
-def test_a_gradient_that_is_not_finite_has_no_variance():
-    loss = lambda theta, x: (theta["w"] * x).sum() + theta["fine"].sum() * 0
-    theta = {"w": torch.ones(1), "fine": torch.ones(1)}
-    for bad in (math.nan, math.inf):
-        found = relative_gradient_variance(loss, theta, [torch.tensor([bad]), torch.tensor([1.0])])
-        assert math.isnan(found["w"])
-        assert found["fine"] == 0
+def test_a_frozen_tied_weight_is_stepped_nowhere():
+    model = Tied().double()
+    model.first.weight.requires_grad_(False)
+    options = {"batches": batches_like(sequences()), "steps": 3, "gamma": 2.0, **QUIET}
+    paper, released = (gradinit(copy.deepcopy(model), variant=variant, **options) for variant in ("paper", "released"))
+    assert paper.history == released.history
+    assert "first.weight" not in paper.scales
 
 
-def test_relative_gradient_variance():
-    # g_S are the inputs themselves: mean (2, 0), deviations (−1, 1), (1, −1): s² = (2 + 2)/1, ‖ḡ‖² − s²/2 = 4 − 2
-    loss = lambda theta, x: (theta["w"] * x).sum() + 0 * theta["idle"]
-    batches = [torch.tensor([1.0, 1.0]), torch.tensor([3.0, -1.0])]
-    theta = {"w": torch.tensor([5.0, 7.0]), "idle": torch.tensor(2.0)}
-    assert relative_gradient_variance(loss, theta, batches) == {"w": pytest.approx(2.0), "idle": 0.0}
-    opposite = [torch.tensor([1.0, 1.0]), torch.tensor([-1.0, -1.0])]
-    assert relative_gradient_variance(loss, theta, opposite)["w"] == math.inf
-    with pytest.raises(ValueError, match="must hold two or more, got 1"):
-        relative_gradient_variance(loss, theta, batches[:1])
-
-
-def test_the_variance_is_that_of_explicit_gradients():
-    model, batch = make("layer norm")
-    loss, theta = pure_loss(model), parameters_of(model)
-    batches = batches_like(batch)
-    gradients = [torch.func.grad(loss)(theta, b) for b in batches]
-    for name, value in relative_gradient_variance(loss, theta, iter(batches)).items():
-        g = torch.stack([own[name].flatten() for own in gradients])
-        variance = (g - g.mean(0)).square().sum() / (len(g) - 1)
-        expected = variance / (g.mean(0).square().sum() - variance / len(g)).clamp(min=0)
-        assert value == pytest.approx(expected.item(), rel=1e-8)
-
-
-def test_the_variance_does_not_depend_on_how_many_batches_it_is_taken_from():
-    # g_S = 1 + noise of variance 50 in all: the ratio is 50, of which a naive estimate sees at most K − 1
-    loss = lambda theta, x: (theta["w"] * x).sum()
-    theta = {"w": torch.zeros(500)}
-    generator = torch.Generator().manual_seed(0)
-    ratios = []
-    for _ in range(40):
-        batches = [1 / 500**0.5 + torch.randn(500, generator=generator) * 0.1**0.5 for _ in range(16)]
-        ratios.append(1 / relative_gradient_variance(loss, theta, batches)["w"])
-    inverse = torch.tensor(ratios)  # 1/50 on average, clamped at 0 from below
-    assert abs(inverse.mean() - 0.02) < 4 * inverse.std() / 40**0.5
+def test_the_defaults_are_those_of_the_released_cifar10_runs():
+    defaults = {name: option.default for name, option in inspect.signature(gradinit).parameters.items()}
+    expected = {
+        "loss_fn": classification_loss, "step": "normalized_sgd", "eta": 0.1, "gamma": 1.0, "steps": 390, "lr": 1e-2,
+        "min_scale": 0.01, "bounds": None, "clip": 1.0, "betas": (0.9, 0.999), "eps": 1e-8,
+        "shared_second_moment": True, "exact": False, "norm": None, "engine": "lazy", "pairs": "halves",
+        "include": ("*",), "exclude": (), "variant": "paper", "batch_norm": "batch", "exact_kernels": True,
+    }  # fmt: skip
+    assert {name: defaults[name] for name in expected} == expected

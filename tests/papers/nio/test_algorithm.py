@@ -1,6 +1,7 @@
 """NIO's loop: Algorithm 3 transcribed, both variants; what is left of the user's model; warnings, errors."""
 
 import copy
+import inspect
 import math
 import warnings
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 
 import papers.nio.algorithm as algorithm
 from common.derivatives import group_gradients
-from common.functional import parameters_of, pure_loss
+from common.functional import classification_loss, parameters_of, pure_loss
 from common.scales import kinds_of
 from common.types import DerivativeError, NotFiniteError
 from papers.nio import grad_cosine_floor, measure, nio, objective_value, windows
@@ -989,3 +990,15 @@ def test_an_error_in_the_callback_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         nio(model, batches=GOOD, steps=3, on_step=stop, **QUIET)
     assert_same_state(model, before)
+
+
+def test_the_defaults_are_as_published():
+    defaults = {name: option.default for name, option in inspect.signature(nio).parameters.items()}
+    expected = {
+        "loss_fn": classification_loss, "splits": None, "overlap": 0.0, "objective": None, "gamma": math.inf,
+        "steps": 100, "lr": 3e-3, "min_scale": 0.01, "bounds": None, "clip": 1.0, "betas": (0.9, 0.999), "eps": 1e-8,
+        "shared_second_moment": True, "norm_weight": 1.0, "include_diagonal": False, "rule": None, "coupling": None,
+        "grad_params": None, "include": ("*",), "exclude": (), "chunk_size": None, "variant": "paper",
+        "batch_norm": "batch", "exact_kernels": True,
+    }  # fmt: skip
+    assert {name: defaults[name] for name in expected} == expected
