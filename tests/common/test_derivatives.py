@@ -147,6 +147,13 @@ def test_micro_batches(check):
     check(micro_batches)
 
 
+def test_no_micro_batch_is_refused():
+    with pytest.raises(ValueError, match="micro_batches: `size` must be at least 1, got 0"):
+        list(micro_batches(torch.ones(3), 0))
+    with pytest.raises(ValueError, match="a batch must hold an example, got an empty one"):
+        accumulate(lambda piece: {"mean": piece.mean()}, torch.ones(0), 2)
+
+
 def dropped_weight(batch, size):
     return ((1.0, piece) for _, piece in micro_batches(batch, size))
 
@@ -570,6 +577,7 @@ def test_memory_that_runs_out_is_not_remembered(monkeypatch):
         ({"groups": [torch.ones(5).bool(), slice(0, 2)], "mode": "vmap"}, r"groups of one size, got sizes \[5, 2\]"),
         ({"mode": "map"}, "`mode` must be 'auto', 'vmap', 'loop' or 'shared', got 'map'"),
         ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
+        ({"wrt": ["nowhere"]}, "`wrt` must name parameters, got 'nowhere'"),
         ({"groups": []}, r"every group must hold an example, got groups of sizes \[\]"),
         ({"groups": [slice(0, 2), slice(3, 3)]}, r"every group must hold an example, got groups of sizes \[2, 0\]"),
         ({"groups": [slice(0, 2), slice(4, 6)]}, r"must lie in the batch of 5 examples, got slice\(4, 6, None\)"),

@@ -651,6 +651,12 @@ def test_unknown_batch_norm_is_refused():
         pure_loss(make([]), batch_norm="train")
 
 
+@pytest.mark.parametrize("order", [1, 4])
+def test_an_order_of_derivative_that_is_none_is_refused(order):
+    with pytest.raises(ValueError, match=f"pure_loss: `order` must be one of 2, 3, got {order}"):
+        pure_loss(make([]), order=order)
+
+
 @pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel"])
 def test_wrapped_models_are_refused_by_the_name_of_any_base(name):
     wrapper = type("Mine", (type(name, (nn.Module,), {}),), {})

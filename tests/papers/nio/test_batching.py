@@ -260,6 +260,8 @@ def test_a_sample_of_gradients_has_the_expected_cosine():
         (lambda: windows(8, 2, "half"), TypeError, r"windows: `overlap` must be a number, got 'half'"),
         (lambda: windows(8, 2, rule="paper"), ValueError, r"`rule` must be one of 'intended', 'released', got 'paper'"),
         (lambda: expected_cosine([slice(0, 3)], 1.0), ValueError, r"two windows or more, got 1"),
+        (lambda: expected_cosine([slice(0, 1), slice(1, 2)], -0.1), ValueError, r"must be 0 or more, got -0\.1"),
+        (lambda: expected_cosine([slice(0, 1), slice(1, 2)], math.nan), ValueError, r"must be 0 or more, got nan"),
         (lambda: grad_cosine_floor([]), ValueError, r"two windows or more, got 0"),
     ],
 )  # fmt: skip
