@@ -1,6 +1,7 @@
 """MetaInit's loop: the update in closed form, invariants I11–I16, what is left of the user's model, and every error."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -229,6 +230,22 @@ def test_a_norm_may_cross_zero_only_where_that_is_allowed():
         assert torch.cosine_similarity(guarded[i].weight.flatten(), model[i].weight.flatten(), dim=0) > 1 - 1e-9
 
 
+def test_the_smallest_ratio_of_a_step_is_the_one_that_is_asked_for():
+    scales = metainit(mlp(4, 6, 3), input_shape=(4,), steps=1, lr=300.0, minimum_ratio=0.5, **QUIET).scales
+    assert 0.5 in [pytest.approx(scale) for scale in scales.values()]
+    assert min(scales.values()) == pytest.approx(0.5)
+
+
+def test_the_size_of_the_step_form_is_the_one_that_is_asked_for():
+    batch = (X, torch.arange(5) % 3)
+    model = mlp(4, 6, 3)
+    loss, theta = pure_loss(model), parameters_of(model)
+    entry = metainit(model, batches=[batch], steps=1, form="step", eta=0.3, **QUIET).history[0]
+    own, default = (gradient_quotient(loss, theta, batch, form="step", eta=eta).item() for eta in (0.3, 1.0))
+    assert entry["gradient_quotient"] == pytest.approx(own, rel=1e-9)
+    assert own != pytest.approx(default, rel=1e-3)
+
+
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.SiLU])
 def test_one_small_step_does_not_increase_the_quotient(activation):
     # I13: descent in norm space, on the same batch
@@ -318,6 +335,23 @@ def test_noise_batches(seed, size, classes):
     assert torch.equal(x, x2)
     assert torch.equal(y, y2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("classes", [None, 2])
+def test_the_default_noise_is_what_the_options_say(classes):
+    # of as many classes as the model has outputs, from a generator of seed 0
+    scales = []
+    for noise in (
+        {"input_shape": (4,), "num_classes": classes, "batch_size": 5},
+        {"batches": noise_batches((4,), classes or 3, 5, generator=torch.Generator().manual_seed(0))},
+    ):
+        scales.append(metainit(mlp(4, 6, 3), steps=2, **noise, **QUIET))
+    assert scales[0] == scales[1]
+    other = metainit(
+        mlp(4, 6, 3), input_shape=(4,), num_classes=classes, batch_size=5, steps=2,
+        generator=torch.Generator().manual_seed(1), **QUIET,
+    )  # fmt: skip
+    assert other.history != scales[0].history
 
 
 def test_noise_is_standard_normal_with_uniform_labels():
@@ -486,6 +520,11 @@ def test_a_loss_that_is_no_mean_over_examples_is_refused_with_micro_batches():
     metainit(model, weighted, batches, steps=1, **QUIET)
 
 
+def test_another_update_is_refused():
+    with pytest.raises(ValueError, match="sign_momentum_step: `update` must be one of 'linear', 'log', got 'Log'"):
+        inspect.unwrap(sign_momentum_step)(torch.ones(1), torch.zeros(1), torch.ones(1), lr=0.1, mu=0.9, update="Log")
+
+
 def test_no_more_examples_are_held_at_once_than_asked_for():
     sizes = []
 
@@ -542,6 +581,8 @@ def test_a_layer_that_torch_would_differentiate_in_part_is_refused(layer, forms,
         ):
             metainit(model, form=form, **options)
     assert_same_state(model, before)
+    if "step" not in forms and size is None:  # whose gradient asks for no third derivative
+        metainit(model, form="step", **options)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

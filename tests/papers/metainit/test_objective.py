@@ -24,6 +24,7 @@ from papers.metainit.objective import (
     relative_change,
     sign,
 )
+from tests.mutation import mutated
 from tests.papers.networks import NETWORKS, make
 
 seeds = st.integers(0, 2**31 - 1)
@@ -554,3 +555,25 @@ def test_the_equations_are_reached_by_their_public_names():
 
     assert public.gradient_quotient is objective.gradient_quotient
     assert public.meta_gradient is objective.meta_gradient
+
+
+@pytest.mark.parametrize("function", ["gradient_and_change", "gradient_quotient", "meta_gradient"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "Taylor"}, "`form` must be one of 'taylor', 'step', got 'Taylor'"),
+        ({"form": "step", "eta": 0.0}, r"`eta` must be positive and finite, got 0\.0"),
+    ],
+    ids=str,
+)
+def test_another_form_and_no_step_are_refused(function, options, message):
+    bowl, theta = (lambda theta, _: (theta["w"] ** 2).sum()), {"w": torch.ones(2)}
+    unchecked = mutated(objective, "def _fused(", "def _fused(")  # by the types that tests check besides
+    with pytest.raises(ValueError, match=message):
+        getattr(unchecked, function)(bowl, theta, None, **options)
+
+
+def test_tensors_that_are_not_there_are_refused():
+    bowl, theta = (lambda theta, _: (theta["w"] ** 2).sum()), {"w": torch.ones(2)}
+    with pytest.raises(ValueError, match="meta_gradient: `tuned` must name tensors of `theta`, got 'v'"):
+        meta_gradient(bowl, theta, None, tuned=["w", "v"])
