@@ -10,11 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.functional import parameters_of, pure_loss
 from common.record import Run
+from common.training import TrainingConfig
 from common.types import NotFiniteError
+from data import load_images
+from papers.metainit import gradient_quotient, noise_batches
 from reproduce import metainit_cifar10 as module
-from reproduce.images import epochs_of
-from reproduce.metainit_cifar10 import ARMS, PRESETS, run
+from reproduce.images import Splits, epochs_of
+from reproduce.metainit_cifar10 import ARMS, PRESETS, initialise, measure_quotient, run, run_training
 from reproduce.statistics import conclude
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of, whole_lines
@@ -162,7 +166,7 @@ def test_a_start_too_bad_for_metainit_is_a_result(tmp_path, monkeypatch):
     real, calls = module.metainit, []
 
     def failing(model, **options):
-        calls.append(1)
+        calls.append(options)
         # per seed: Kaiming × ¼, Kaiming, and with the first seed the two other starts
         if len(calls) in (1, 5) or len(calls) == 2:
             raise NotFiniteError("the gradient quotient must be finite, got inf at step 1.")
@@ -170,9 +174,14 @@ def test_a_start_too_bad_for_metainit_is_a_result(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "metainit", failing)
     torch.set_default_dtype(torch.float32)
-    summary = run(
-        replace(PRESETS["smoke"], data="digits", output=tmp_path / "run", quiet=True, learning_rates=(1e30, 0.1))
-    )
+    search = {"steps": 3, "lr": 0.06, "momentum": 0.8, "update": "log", "linear_decay": True, "form": "step",
+              "micro_batch_size": 3, "batch_size": 6}  # fmt: skip
+    told = {name: value for name, value in search.items() if name not in ("lr", "batch_size")}
+    told |= {"meta_learning_rate": search["lr"], "noise_batch_size": search["batch_size"]}
+    options = {"data": "digits", "output": tmp_path / "run", "quiet": True, "learning_rates": (1e30, 0.1)}
+    summary = run(replace(PRESETS["smoke"], **told, **options))
+    assert all({name: options[name] for name in search} == search for options in calls)
+    assert [options["generator"].initial_seed() for options in calls] == [0, 0, 0, 0, 1, 1]
     arms = summary["networks"]["plain-5-4"]["arms"]
     assert arms["Kaiming × ¼ + MetaInit"]["learning_rate"] is None
     assert len(arms["Kaiming × ¼ + MetaInit"]["failed"]) == 2
@@ -213,6 +222,46 @@ def test_on_real_data(real_data, tmp_path):
     done = run_command("--data", "cifar10", "--data-dir", str(real_data), "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "CIFAR-10 from the local folder 'cifar10'" in " ".join(done.stdout.split())
+
+
+@pytest.fixture
+def splits() -> Splits:
+    data = load_images("digits", train=60, test=20)
+    return Splits(data.train, data.train.take(torch.arange(12)), data.test, data)
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.name in ("Kaiming", "Kaiming + warm-up")])
+def test_the_trainings_are_as_configured(monkeypatch, tmp_path, splits, arm):
+    told = []
+    monkeypatch.setattr(module, "fit", lambda *arguments: told.append(arguments) or {})
+    config = replace(
+        PRESETS["smoke"],
+        epochs=7,
+        weight_decay=0.03,
+        warmup=0.3,
+        precision="bfloat16",
+        channels_last=True,
+        batch_size=10,
+    )
+    run_training(config, torch.nn.Linear(1, 1), arm, 0, 0.25, splits, tmp_path / "state", lambda _: None)
+    [(_, batches, _, recipe, size, *_)] = told
+    assert recipe == TrainingConfig(
+        epochs=7, learning_rate=0.25, weight_decay=0.03, warmup=0.3 if arm.warmup else 0.0, precision="bfloat16",
+        channels_last=True,
+    )  # fmt: skip
+    assert size == len(next(iter(batches(0)))[0]) == 10
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.name in ("Kaiming", "Kaiming + BatchNorm")])
+@pytest.mark.parametrize("size", [None, 3])
+def test_the_quotient_is_the_median_over_five_batches_of_noise(splits, arm, size):
+    torch.set_default_dtype(torch.float32)
+    config = replace(PRESETS["smoke"], noise_batch_size=8, micro_batch_size=size)
+    model = initialise(config, "plain-3-4", arm, 2, splits)
+    noise = noise_batches(tuple(splits.train.images.shape[1:]), 10, 8, generator=torch.Generator().manual_seed(10_002))
+    values = [gradient_quotient(pure_loss(model), parameters_of(model), next(noise)).item() for _ in range(5)]
+    assert measure_quotient(config, model, splits, 2) == pytest.approx(sorted(values)[2], rel=1e-4)
+    assert len(set(values)) == 5
 
 
 def test_a_small_set_gets_as_many_updates():
