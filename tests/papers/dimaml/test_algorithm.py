@@ -680,6 +680,7 @@ def test_a_finished_run_draws_nothing(tmp_path):
         ({"tasks": 2}, r"`tasks` differs"),
         ({"draws": 2}, r"`draws` differs"),
         ({"antithetic": True}, r"`antithetic` differs"),
+        ({"vmap": True}, r"`vmap` differs: False there and True here"),
         ({"first_order": True}, r"`first_order` differs"),
         ({"truncate": 1}, r"`truncate` differs"),
         ({"clip_adjoint": 2.0}, r"`clip_adjoint` differs"),
@@ -727,6 +728,43 @@ def test_a_checkpoint_of_another_model_is_refused(finished):
         dimaml(wider, **told)
     model[1].running_mean.add_(1)  # which batch statistics do not read
     dimaml(model, **(told | {"meta_steps": 1}))
+
+
+def test_a_checkpoint_of_what_a_model_holds_besides_is_refused(tmp_path):
+    # running statistics where they are read, and a row of padding that no law draws
+    ids = [(torch.arange(6).view(2, 3), torch.arange(2))] * 2
+    embedding = nn.Sequential(nn.Embedding(6, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 3))
+    normed, sampler = resumable("function")
+
+    def shift(model):
+        model[1].running_mean.add_(1)
+
+    def pad(model):
+        model[0].weight[0].add_(1)
+
+    for model, change, told in (
+        (normed, shift, {"batch_norm": "running", "task_sampler": sampler}),
+        (embedding, pad, {"task_sampler": [(ids, ids[:1])]}),
+    ):
+        run = lambda model, told=told, path=tmp_path / change.__name__: dimaml(
+            model, meta_steps=1, checkpoint=path, **(OPTIONS | told)
+        )
+        with torch.no_grad():
+            same(run(model), run(model))
+            change(model)
+        with pytest.raises(ValueError, match=r"but `model` differs"):
+            run(model)
+
+
+def test_a_checkpoint_of_another_start_is_refused(tmp_path):
+    model, sampler = resumable("function")
+    run = lambda start: dimaml(
+        model, task_sampler=sampler, meta_steps=1, checkpoint=tmp_path / "state", start=start, **OPTIONS
+    )
+    law, other = ({"0.weight": Normal(torch.tensor(0.0), torch.tensor(std))} for std in (0.3, 0.4))
+    same(run(law), run({key: Normal(own.mean.clone(), own.std.clone()) for key, own in law.items()}))
+    with pytest.raises(ValueError, match=r"but `start` differs: other laws to"):
+        run(other)
 
 
 def test_a_damaged_checkpoint_is_refused(finished, tmp_path):
@@ -793,6 +831,35 @@ def test_the_interval_of_kept_states_changes_no_bit():
     same(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("vmap", [False, True])
+def test_how_states_are_kept_is_as_asked_for(monkeypatch, vmap):
+    seen = []
+    real = algorithm.loss_auc
+
+    def watched(*arguments, **options):
+        seen.append((options["checkpoint_every"], options["keep_on_cpu"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(algorithm, "loss_auc", watched)
+    model, sampler = resumable("function")
+    for told in ({}, {"keep_every": 1}, {"keep_every": 2, "keep_on_cpu": True}):
+        seen.clear()
+        dimaml(model, task_sampler=sampler, meta_steps=1, vmap=vmap, **told, **OPTIONS)
+        assert seen == [(told.get("keep_every"), told.get("keep_on_cpu", False))]
+
+
+def test_a_checkpoint_is_written_as_often_as_asked_for(tmp_path):
+    model, sampler = resumable("function")
+    path, held = tmp_path / "state", []
+
+    def look(_):
+        held.append(len(load_file(path)["history"]) if path.exists() else 0)
+
+    dimaml(model, task_sampler=sampler, meta_steps=5, checkpoint=path, checkpoint_every=2, on_step=look, **OPTIONS)
+    look(None)
+    assert held == [0, 2, 2, 4, 5, 5]  # and at the end, whatever the interval
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_only_read(training):
     model, sampler = resumable("global")
@@ -824,6 +891,27 @@ def test_a_start_is_not_changed_and_is_gone_on_from():
 def test_no_meta_step_is_where_the_laws_start():
     model, sampler = resumable("function")
     same(dimaml(model, task_sampler=sampler, meta_steps=0, **OPTIONS), InitDistribution.from_model(model))
+    starts = []
+    for told in ({"family": "normal"}, {"family": "plif"}, {"family": "plif", "pieces": 7}):
+        for variant in ("paper", "released"):
+            start = InitDistribution.from_model(model, variant=variant, **told)
+            same(dimaml(model, task_sampler=sampler, meta_steps=0, variant=variant, **told, **OPTIONS), start)
+            starts.append(torch.cat([leaf.flatten() for leaf in start.parameters().values()]).tolist())
+    assert len({tuple(start) for start in starts}) == 6
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "carried"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_which_kernels_is_as_asked_for(monkeypatch, batch_norm, exact):
+    seen = []
+    for name in ("pure_loss", "tracking_loss"):
+        real = getattr(algorithm, name)
+        watched = lambda *arguments, real=real, **options: seen.append(options["exact"]) or real(*arguments, **options)
+        monkeypatch.setattr(algorithm, name, watched)
+    model, sampler = resumable("function")
+    told = {"batch_norm": batch_norm, "exact_kernels": exact, "meta_steps": 0}
+    dimaml(model, task_sampler=sampler, **told, **OPTIONS)
+    assert seen == [exact] * (3 if batch_norm == "carried" else 2)
 
 
 def test_works_inside_no_grad_and_autocast():

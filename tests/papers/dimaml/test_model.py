@@ -727,3 +727,18 @@ def test_a_learned_law_is_a_function_of_its_parameters():
     by_tape = torch.autograd.grad(total(psi), list(psi.values()))
     by_func = torch.func.grad(total)(law.parameters())
     assert_close(list(by_func.values()), list(by_tape))
+
+
+def test_options_reach_the_laws():
+    model = nn.Linear(6, 4)
+    law = InitDistribution.from_model(model, "plif", rule="range", pieces=5)
+    ends = law.families["weight"].quantile(torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == pytest.approx([model.weight.min().item(), model.weight.max().item()])
+    own = InitDistribution.from_model(model)
+    drawn = [own.sample(model, seeded(3), antithetic=antithetic)["weight"] for antithetic in (False, True)]
+    written = []
+    for antithetic in (False, True):
+        own.initialize_(model, seeded(3), antithetic=antithetic)
+        written.append(model.weight.detach().clone())
+    assert_close(written, drawn, rtol=0, atol=0)
+    assert not torch.equal(*drawn)
