@@ -17,6 +17,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from common.networks import CharLSTM, FixupResNet18
+from common.optimizers import adam
 from common.training import TrainingResult
 from common.types import NotFiniteError
 from data import ImageSplit
@@ -501,6 +502,58 @@ def test_a_unit_advances_by_its_weight(benches, monkeypatch, tmp_path, name):
         bench.do(unit, steps.append)
         assert sum(steps) == pytest.approx(bench.weight(unit))
         assert len(steps) == (2 if isinstance(unit, Learn) else 10)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_learning_is_as_configured(benches, monkeypatch, name, family):
+    torch.set_default_dtype(torch.float32)
+    told = []
+
+    def failing(model, loss_fn, sampler, **options):
+        told.append(options)
+        raise NotFiniteError("dimaml: the loss must be finite.")
+
+    monkeypatch.setattr(dimaml, "dimaml", failing)
+    search = {"inner_steps": 8, "eval_every": 3, "first_evaluation": 2, "meta_steps": 5, "draws": 3, "antithetic": True}
+    bench = sharing(benches[name], meta_lr_normal=0.1, meta_lr_plif=0.2, **search)
+    source = next(iter(bench.pairs.values()))
+    bench.do(Learn(source, family), lambda _: None)
+    [options] = told
+    search |= {"meta_lr": {"normal": 0.1, "plif": 0.2}[family], "vmap": True}
+    search |= {"batch_norm": "carried" if name == "autoencoder" else "batch"}
+    assert {key: options[key] for key in search} == search
+    assert options["generator"].initial_seed() == 0
+    assert {law.kind for law in options["start"].families.values()} == {family}
+    bench = sharing(bench, draws=1, antithetic=False)
+    bench.do(Learn(source, family), lambda _: None)
+    assert not told[1]["vmap"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_inner_optimiser_and_metainit_are_as_configured(benches, monkeypatch, name):
+    torch.set_default_dtype(torch.float32)
+    bench = sharing(benches[name], learning_rate=0.07, metainit_steps=9, metainit_batch_size=5)
+    source, target = next(iter(bench.pairs.values())), next(iter(bench.pairs))
+    inner = bench.learning(Learn(source, "normal")).inner
+    assert inner.lr == 0.07
+    if name == "charlm":
+        assert (type(inner), vars(inner)) == (type(adam(0.07)), vars(adam(0.07)))
+    else:
+        assert (inner.momentum, inner.nesterov) == (0.9, name == "fixup")
+        assert inner.weight_decay == (5e-4 if name == "fixup" else 0)
+    told = []
+    module = EXPERIMENTS[name].module
+    monkeypatch.setattr(module, "metainit", lambda *arguments, **options: told.append((arguments, options)))
+    model = bench.make_model(target)
+    bench.start_baseline(model, Train(target, "metainit", 0), torch.Generator().manual_seed(0))
+    [(arguments, options)] = told
+    assert options["steps"] == 9
+    if name == "fixup":
+        assert options["batch_size"] == 5
+    else:
+        batch = next(iter(arguments[2]))
+        assert len(batch if isinstance(batch, torch.Tensor) else batch[0]) == 5
 
 
 def test_a_training_that_diverges_is_a_record(benches, tmp_path):
