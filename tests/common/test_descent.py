@@ -1,6 +1,7 @@
 """Multipliers learned step by step: slopes that are written down against scalars, the user's model, errors, mutants."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -257,10 +258,24 @@ def test_no_step_writes_the_model_s_own_numbers():
     assert result.history == []
 
 
-def test_a_bar_shows_the_history(capsys):
+def test_a_bar_shows_the_history(monkeypatch):
+    shown = []
+
+    class Bar(nullcontext):
+        def __init__(self, **_):
+            super().__init__(self)
+
+        def add_task(self, description, *, total):
+            shown.append((description, total))
+            return 0
+
+        def update(self, task, *, advance, description):
+            shown.append((description, advance))
+
+    monkeypatch.setattr(module, "Progress", Bar)
     result = make_descent(module, steps=2).run(
-        Few(), lambda t, m, _: ("objective", m, {"grad_cosine": torch.tensor(0.25)}),
+        Few(), lambda t, m, _: ("objective", m, {"grad_cosine": torch.tensor(0.25 * t)}),
         shown=("grad_cosine",), on_step=None, progress=True,
     )  # fmt: skip
-    assert [entry["grad_cosine"] for entry in result.history] == [0.25, 0.25]
-    capsys.readouterr()
+    assert [entry["grad_cosine"] for entry in result.history] == [0.25, 0.5]
+    assert shown == [("f", 2), ("f  grad cosine 0.25", 1), ("f  grad cosine 0.5", 1)]

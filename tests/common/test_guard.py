@@ -356,3 +356,71 @@ def test_other_errors_pass():
         ):
             raise error
         assert caught.value is error
+
+
+class Slightly(Function):
+    """x, whose slope is said to be 1.001."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, h):
+        return 1.001 * h
+
+
+def test_the_tolerance_is_the_one_that_is_asked_for():
+    model = nn.Sequential(nn.Linear(4, 5), Of(Slightly.apply), nn.Linear(5, 3))
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    for tolerance in (1e-5, 1e-1):
+        report = check_derivatives(model, batch=batch, quantities=["gradient"], tolerance=tolerance)
+        assert report.agrees == (tolerance == 1e-1)
+        assert 1e-5 < report.checks["gradient"].error < 1e-2
+
+
+@pytest.mark.parametrize("examples", [2, 4])
+def test_so_many_examples_as_asked_for_are_used(examples):
+    sizes = []
+    own = lambda model, batch: sizes.append(len(batch[0])) or classification_loss(model, batch)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    assert check_derivatives(model, own, (torch.randn(6, 4), torch.arange(6) % 3), examples=examples).agrees
+    assert max(sizes) == examples
+
+
+def test_directions_are_those_of_the_generator():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    errors = [
+        check_derivatives(model, batch=batch, generator=generator).checks["gradient"].error
+        for generator in (None, *(torch.Generator().manual_seed(seed) for seed in (0, 1)))
+    ]
+    assert errors[0] == errors[1] != errors[2]
+
+
+def test_statistics_are_those_that_are_asked_for():
+    # a layer that is wrong on what running statistics leave: inputs far from 0
+    class Far(Function):
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.far = bool(inputs[0].mean() > 3)
+
+        @staticmethod
+        def backward(ctx, h):
+            return 2 * h if ctx.far else h.clone()
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), Of(Far.apply), nn.Linear(5, 3))
+    model[1].running_mean.fill_(-9.0)
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    reports = {mode: check_derivatives(model, batch=batch, quantities=["gradient"], batch_norm=mode)
+               for mode in ("batch", "running")}  # fmt: skip
+    assert reports["batch"].agrees
+    assert not reports["running"].agrees

@@ -260,6 +260,16 @@ class Bottleneck(nn.Module):
         return list(self.layers)
 
 
+def check_fixup_gain(initialise):
+    drawn = []
+    for nonlinearity in ("relu", "tanh"):
+        model = make_network("resnet-8", branch="fixup", width=4)
+        initialise(model, nonlinearity=nonlinearity, generator=torch.Generator().manual_seed(0))
+        drawn.append([weight.tensor.detach() for weight in weight_layers(model)])
+    ratio = gain_of("tanh") / gain_of("relu")
+    assert_close(drawn[1], [ratio * leaf for leaf in drawn[0]], rtol=1e-6, atol=0)
+
+
 def check_fixup_of_three_layers(initialise):
     model = nn.Sequential(*(Bottleneck() for _ in range(16)), nn.Linear(40, 5))
     initialise(model, generator=seeded())
@@ -360,7 +370,7 @@ CHECKS = {
     "orthogonal": [check_orthogonal, check_haar, check_deep_linear_isometry],
     "delta_orthogonal": [check_delta_isometry, check_delta_norm],
     "lsuv": [check_lsuv, check_lsuv_tolerance, check_lsuv_of_residual_network],
-    "fixup": [check_fixup, check_fixup_of_three_layers],
+    "fixup": [check_fixup, check_fixup_of_three_layers, check_fixup_gain],
     "transformer": [check_transformer],
     "tfixup": [check_tfixup],
     "normal": [check_normal],
@@ -466,6 +476,7 @@ MUTANTS = [
     ),
     ("1/(2m)", "fixup", "(2 * len(layers) - 2)", "(2 * len(layers))"),
     ("1/(m - 1)", "fixup", "(2 * len(layers) - 2)", "(len(layers) - 1)"),
+    ("gain of ReLU", "fixup", "gamma = gain_of(nonlinearity)\n    L = ", 'gamma = gain_of("relu")\n    L = '),
     ("always L^(-1/2)", "fixup", "(2 * len(layers) - 2)", "2"),
     ("depth ignored", "fixup", "factor.get(layer, 1.0)", "1.0"),
     ("factor on the stem", "fixup", "factor.get(layer, 1.0)", "factor.get(layer, 1 / 3)"),

@@ -132,6 +132,25 @@ def test_saturated_units(phi, share, size):
     assert row["dead_size"] == pytest.approx(size, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("phi", "on", "off"), [(nn.Sigmoid(), 5.9, 6.1), (nn.Tanh(), 3.6, 3.8), (nn.GELU(), -3.4, -3.7)], ids=str
+)
+def test_a_unit_is_off_where_its_slope_is_a_hundredth_of_the_sigmoids_steepest(phi, on, off):
+    for z, share in ((on, 0.0), (off, 1.0)):
+        model = nn.Sequential(linear([[0.0, 0.0]], [z]), phi)
+        assert by_name(layer_scales(model, lambda m, x: m(x).sum(), X))["1"]["dead_share"] == share
+
+
+@pytest.mark.parametrize("mode", ["batch", "running"])
+def test_which_statistics_is_as_asked_for(mode):
+    model = nn.Sequential(linear([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0]), nn.BatchNorm1d(2))
+    model[1].running_mean.fill_(7.0)
+    for examine in (layer_scales, lambda *a, **o: examine_layers(*a, **o).rows):
+        row = by_name(examine(model, lambda m, x: m(x).square().sum(), X, batch_norm=mode))["1"]
+        expected = 0.0 if mode == "batch" else (X.mean().item() - 7) / (1 + 1e-5) ** 0.5
+        assert row["activation_mean"] == pytest.approx(expected, abs=1e-9)
+
+
 def test_a_unit_of_a_convolution_is_a_channel_and_of_a_sequence_a_feature(generator):
     conv = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU())
     with torch.no_grad():

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from common import record as record_module
@@ -314,6 +314,17 @@ def test_tensors_come_back_with_their_metadata(folder, generator):
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"family": "normal"}
     assert not list(folder.glob("*.partial"))
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_disk(folder, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    run = reopen(folder)
+    monkeypatch.setattr(record_module, "save_file", full)
+    with pytest.raises(OSError, match=r"must be writable, got: No space left on device\. Is the disk full\?"):
+        run.save_tensors("learned", {"scale": torch.ones(2)}, {})
+    assert not (folder / "learned.safetensors").exists()
 
 
 def test_the_environment_says_what_was_measured_on(folder):

@@ -400,6 +400,25 @@ def test_a_resumed_run_is_bit_identical(tmp_path, stopped_in, options):
     assert list(tmp_path.iterdir()) == []  # a finished run needs no checkpoint
 
 
+def test_a_resumed_run_drops_the_units_that_it_would_have_dropped(tmp_path):
+    def dropping():
+        return make_model().insert(3, nn.Dropout(0.5))
+
+    def failing(epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return batches(epoch)
+
+    config, path = TrainingConfig(epochs=3), tmp_path / "state.pt"
+    torch.manual_seed(0)
+    expected = run(dropping(), config)
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        run(dropping(), config, train_batches=failing, checkpoint=path)
+    torch.manual_seed(1)  # another process
+    assert numbers(run(dropping(), config, checkpoint=path).history) == numbers(expected.history)
+
+
 @pytest.mark.parametrize("change", [{"momentum": 0.5}, {"epochs": 5}, {"no_decay": ("*bias",)}], ids=str)
 def test_a_checkpoint_of_another_recipe_is_refused_and_kept(tmp_path, change):
     config, path = TrainingConfig(epochs=4), tmp_path / "state.pt"

@@ -358,3 +358,15 @@ def test_the_share_of_mixup_is_uniform_for_alpha_1():
     assert abs(mixed.var() - 1 / 12) < 0.01
     with pytest.raises(ValueError, match="`alpha` must be positive, got 0"):
         mixup((x, y), 2, alpha=0.0, generator=generator)
+
+
+def test_images_are_shifted_by_four_pixels_unless_told_otherwise():
+    # the shift of an image whose only bright pixel is in its middle
+    images = torch.zeros(4000, 3, 11, 11, dtype=torch.uint8)
+    images[:, :, 5, 5] = 255
+    split = ImageSplit(images, torch.zeros(len(images), dtype=torch.int64))
+    generator = torch.Generator().manual_seed(0)
+    x, _ = next(epoch_batches(split, len(images), mean=(0, 0, 0), std=(1, 1, 1), generator=generator))
+    places = x[:, 0].flatten(1).argmax(1)
+    for shift in (places // 11 - 5, places % 11 - 5):
+        assert shift.unique().tolist() == list(range(-4, 5))

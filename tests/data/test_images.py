@@ -497,3 +497,9 @@ def test_tiny_imagenet(real_data):
     assert data.test.labels.bincount(minlength=200).tolist() == [1] * 200
     assert data.class_names[0] == "n01443537"
     assert "(JPEG as published)" in data.identity
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_no_image_is_too_few(part):
+    with pytest.raises(ValueError, match=f"load_images: `{part}` must be at least 1 image, got 0. None takes all"):
+        load_images("digits", **{part: 0})

@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.networks import make_network
 from common.record import open_run
+from common.training import TrainingConfig
 from papers import METHODS
 from reproduce import arms, compare
 from reproduce.arms import (
@@ -348,6 +349,20 @@ def test_a_loader_that_raises_ends_the_run_and_what_is_finished_is_kept(tmp_path
     run(config)
     assert (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").startswith(kept)
     assert len(records_of(tmp_path / "run", "training")) == 2
+
+
+def test_models_data_and_trainings_are_as_configured(tmp_path, single, monkeypatch):
+    told = {}
+    real = arms.bring_data
+    monkeypatch.setattr(arms, "bring_data", lambda *a, **options: told.update(options) or real(*a, **options))
+    recipe = {"optimizer": "adamw", "weight_decay": 0.3, "warmup": 0.2, "clip_norm": 2.0, "precision": "bfloat16"}
+    data = {"batch_size": 9, "train_examples": 70, "test_examples": 50, "augment": True}
+    config = replace(SMOKE, **recipe, **data, data="digits", model="plain-3-4", model_options=("batch_norm=true",))
+    bench = Bench(config, torch.device("cpu"), tmp_path, "test")
+    assert bench.recipe(4, 0.05) == TrainingConfig(epochs=4, learning_rate=0.05, **recipe)
+    assert {name: told[name] for name in data} == data
+    model, _ = bench.draw(0)
+    assert any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules())
 
 
 def test_a_loader_that_raises_at_an_evaluation_ends_the_run(tmp_path, single, monkeypatch):

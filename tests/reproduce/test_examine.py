@@ -1,5 +1,6 @@
 """Examining a model: each number against its definition, what is found wrong with broken models, and the command."""
 
+import copy
 import csv
 import html
 import io
@@ -9,6 +10,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from papers.gradinit import look_ahead_loss
 from papers.metainit import gradient_quotient
 from papers.nio import grad_cosine, grad_sign, gradient_tensors, windows
 from reproduce import apply
+from reproduce import examine as module
 from reproduce.examine import (
     GUARD_SECONDS,
     STEPS,
@@ -417,6 +420,87 @@ def test_whatever_is_not_finite_is_a_finding(part, key, value, generator):
     else:
         own[key] = value
     assert len(findings_of(result)) == 1
+
+
+@pytest.fixture(scope="module")
+def healthy() -> dict:
+    torch.set_default_dtype(torch.float64)
+    batch = images(torch.Generator().manual_seed(0))
+    result = examine(make_network("plain-5-8"), batch=batch, num_classes=10, derivatives="never")
+    assert findings_of(result) == []
+    return result
+
+
+def weight_rows(result: dict, key: str) -> list[dict]:
+    """Of the weight layers, from the smallest number to the largest."""
+    return sorted((row for row in result["layers"] if row["kaiming_ratio"] is not None), key=lambda row: row[key])
+
+
+def set_loss(above_chance: float):
+    return lambda result: result.update(loss=result["chance"] + above_chance)
+
+
+def set_in(part: str, key: str, value: float):
+    return lambda result: result[part].update({key: value})
+
+
+def set_decrease(share: float):
+    return lambda result: result["look-ahead"].update(best_loss=result["look-ahead"]["loss"] * (1 - share))
+
+
+def set_largest(key: str, factor: float):
+    def change(result):
+        smallest, *_, largest = weight_rows(result, key)
+        largest[key] = factor * smallest[key]
+
+    return change
+
+
+def set_ratio(index: int, ratio: float):
+    return lambda result: weight_rows(result, "kaiming_ratio")[index].update(kaiming_ratio=ratio)
+
+
+def set_dead(share: float):
+    return lambda result: next(r for r in result["layers"] if r["units"]).update(dead_share=share, dead_size=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "below", "above", "what"),
+    [
+        (set_loss, 2.99, 3.01, "the model is sure of what it cannot know"),
+        (set_loss, -0.49, -0.51, "before any training, below the"),
+        (partial(set_in, "gradient quotient", "gradient_quotient"), 9.9e3, 1.01e4, "by far more than itself"),
+        (partial(set_in, "look-ahead", "best_step"), 0.011, 0.009, "The loss falls only along steps shorter than"),
+        (set_decrease, 0.011, 0.009, "No step along the gradient lowers the loss by more than 1 %"),
+        (partial(set_largest, "activation_std"), 999.0, 1001.0, "outputs differ in scale by a factor of"),
+        (partial(set_largest, "output_gradient_norm"), 9.9e3, 1.01e4, "gradients at the outputs differ in scale"),
+        (partial(set_ratio, 0), 0.011, 0.009, "weights are less than a hundredth"),
+        (partial(set_ratio, -1), 9.0, 30.0, "times as large as He's rule makes them; the median"),
+        (set_dead, 0.49, 0.51, "of its"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_finding_begins_at_its_threshold(healthy, change, below, above, what):
+    for value in (below, above):
+        result = copy.deepcopy(healthy)
+        change(value)(result)
+        found = [finding["what"] for finding in findings_of(result)]
+        if value == below:
+            assert found == []
+        else:
+            (sentence,) = found
+            assert what in sentence
+
+
+def test_the_loss_is_the_one_that_is_asked_for(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+
+    def stop(spec, *_):
+        raise KeyError(spec)
+
+    monkeypatch.setattr(module, "bring_loss", stop)
+    with pytest.raises(KeyError, match="mine:loss"):
+        run(Config(model="plain-3-4", data="digits", loss="mine:loss", output=tmp_path / "run", quiet=True))
 
 
 def test_a_model_without_any_gradient(tmp_path, generator):
