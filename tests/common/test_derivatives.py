@@ -147,7 +147,7 @@ def test_micro_batches(check):
     check(micro_batches)
 
 
-def test_no_micro_batch_is_refused():
+def test_micro_batches_without_an_example_are_refused():
     with pytest.raises(ValueError, match="micro_batches: `size` must be at least 1, got 0"):
         list(micro_batches(torch.ones(3), 0))
     with pytest.raises(ValueError, match="a batch must hold an example, got an empty one"):

@@ -652,7 +652,7 @@ def test_unknown_batch_norm_is_refused():
 
 
 @pytest.mark.parametrize("order", [1, 4])
-def test_an_order_of_derivative_that_is_none_is_refused(order):
+def test_another_order_of_derivative_is_refused(order):
     with pytest.raises(ValueError, match=f"pure_loss: `order` must be one of 2, 3, got {order}"):
         pure_loss(make([]), order=order)
 

@@ -142,7 +142,7 @@ def test_a_unit_is_off_where_its_slope_is_a_hundredth_of_the_sigmoids_steepest(p
 
 
 @pytest.mark.parametrize("mode", ["batch", "running"])
-def test_which_statistics_is_as_asked_for(mode):
+def test_statistics_are_those_that_are_asked_for(mode):
     model = nn.Sequential(linear([[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0]), nn.BatchNorm1d(2))
     model[1].running_mean.fill_(7.0)
     for examine in (layer_scales, lambda *a, **o: examine_layers(*a, **o).rows):

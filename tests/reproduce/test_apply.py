@@ -192,20 +192,17 @@ def test_embedded_images_and_a_network_of_ours(tmp_path):
 
 def test_images_and_loss_are_as_asked_for(monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
-    sizes = []
-
-    def stop(spec, data, model):
-        sizes.append(data.example[0].shape[-1])
-        raise KeyError(spec)
-
-    monkeypatch.setattr(apply, "bring_loss", stop)
-    config = config_of(
-        model="plain-3-4", data="digits", method="lsuv", options=(), train_examples=40, batch_size=20,
-        image_size=16, loss="mine:loss", output=tmp_path / "net.safetensors",
+    own = lambda model, batch: 100 + classification_loss(model, batch)
+    monkeypatch.setattr(apply, "bring_loss", lambda spec, *_: {"mine:loss": own}[spec])
+    result = apply.run(
+        config_of(
+            model="plain-3-4", data="digits", train_examples=40, batch_size=20, image_size=16, loss="mine:loss",
+            output=tmp_path / "net.safetensors",
+        )
     )  # fmt: skip
-    with pytest.raises(KeyError, match="mine:loss"):
-        apply.run(config)
-    assert sizes == [16]
+    assert all(100 < entry["loss"] < 110 for entry in result.history)
+    record = json.loads((tmp_path / "net.json").read_text("utf-8"))
+    assert "16×16" in record["data"]["identity"]
 
 
 def test_metainits_own_way_sees_no_data(mine, monkeypatch):

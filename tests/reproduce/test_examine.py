@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 
 import pytest
 import torch
@@ -424,9 +425,11 @@ def test_whatever_is_not_finite_is_a_finding(part, key, value, generator):
 
 @pytest.fixture(scope="module")
 def healthy() -> dict:
-    torch.set_default_dtype(torch.float64)
-    batch = images(torch.Generator().manual_seed(0))
-    result = examine(make_network("plain-5-8"), batch=batch, num_classes=10, derivatives="never")
+    with torch.random.fork_rng():  # what is set for each test is not set yet
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(1234)
+        batch = images(torch.Generator().manual_seed(0))
+        result = examine(make_network("plain-5-8"), batch=batch, num_classes=10, derivatives="never")
     assert findings_of(result) == []
     return result
 
@@ -456,12 +459,24 @@ def set_largest(key: str, factor: float):
     return change
 
 
-def set_ratio(index: int, ratio: float):
-    return lambda result: weight_rows(result, "kaiming_ratio")[index].update(kaiming_ratio=ratio)
+def set_smallest_ratio(ratio: float):
+    return lambda result: weight_rows(result, "kaiming_ratio")[0].update(kaiming_ratio=ratio)
 
 
-def set_dead(share: float):
-    return lambda result: next(r for r in result["layers"] if r["units"]).update(dead_share=share, dead_size=0.0)
+def set_largest_ratio(factor: float):
+    def change(result):
+        rows = weight_rows(result, "kaiming_ratio")
+        rows[-1]["kaiming_ratio"] = factor * median_low(row["kaiming_ratio"] for row in rows)
+
+    return change
+
+
+def set_every_ratio(ratio: float):
+    return lambda result: [row.update(kaiming_ratio=ratio) for row in weight_rows(result, "kaiming_ratio")]
+
+
+def set_dead(share: float, size: float = 0.009):
+    return lambda result: next(r for r in result["layers"] if r["units"]).update(dead_share=share, dead_size=size)
 
 
 @pytest.mark.parametrize(
@@ -474,9 +489,11 @@ def set_dead(share: float):
         (set_decrease, 0.011, 0.009, "No step along the gradient lowers the loss by more than 1 %"),
         (partial(set_largest, "activation_std"), 999.0, 1001.0, "outputs differ in scale by a factor of"),
         (partial(set_largest, "output_gradient_norm"), 9.9e3, 1.01e4, "gradients at the outputs differ in scale"),
-        (partial(set_ratio, 0), 0.011, 0.009, "weights are less than a hundredth"),
-        (partial(set_ratio, -1), 9.0, 30.0, "times as large as He's rule makes them; the median"),
-        (set_dead, 0.49, 0.51, "of its"),
+        (set_smallest_ratio, 0.011, 0.009, "weights are less than a hundredth"),
+        (set_largest_ratio, 9.9, 10.1, "times as large as He's rule makes them; the median"),
+        (set_every_ratio, 9.9, 10.1, "times as large as He's rule makes them, in the median of"),
+        (set_dead, 0.49, 0.51, "units are zero for all 8 examples"),
+        (partial(set_dead, size=0.011), 0.49, 0.51, "units are saturated for all 8 examples"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -494,13 +511,13 @@ def test_a_finding_begins_at_its_threshold(healthy, change, below, above, what):
 
 def test_the_loss_is_the_one_that_is_asked_for(monkeypatch, tmp_path):
     torch.set_default_dtype(torch.float32)
-
-    def stop(spec, *_):
-        raise KeyError(spec)
-
-    monkeypatch.setattr(module, "bring_loss", stop)
-    with pytest.raises(KeyError, match="mine:loss"):
-        run(Config(model="plain-3-4", data="digits", loss="mine:loss", output=tmp_path / "run", quiet=True))
+    own = lambda model, batch: 100 + classification_loss(model, batch)
+    monkeypatch.setattr(module, "bring_loss", lambda spec, *_: {"mine:loss": own}[spec])
+    output = tmp_path / "run"
+    run(Config(model="plain-3-4", data="digits", loss="mine:loss", derivatives="never", output=output, quiet=True))
+    summary = json.loads((output / "summary.json").read_text("utf-8"))
+    assert 100 < summary["loss"] < 110
+    assert summary["chance"] is None  # of a loss that is not known
 
 
 def test_a_model_without_any_gradient(tmp_path, generator):

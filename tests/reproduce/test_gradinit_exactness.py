@@ -34,7 +34,6 @@ def test_a_run_leaves_its_folder(complete):
         assert list(rows) == ["0.1", "1", "finite difference"]
         assert all(len(row["cosine"]) == 2 for row in rows.values())
         assert min(rows["finite difference"]["cosine"]) > 0.99  # differences approximate the exact gradient
-        assert rows["0.1"]["cosine"] != rows["1"]["cosine"]
         # the first order is another direction than the exact one, and more so for a larger step
         assert all(
             large < small < 1 - 1e-6 for small, large in zip(rows["0.1"]["cosine"], rows["1"]["cosine"], strict=True)

@@ -53,13 +53,15 @@ def test_gaussian():
 
 
 def test_one_layer_is_ten_times_as_large():
-    for seed in range(4):
-        # the layer is drawn after the weights, from the same generator
-        ratios = sorted(
+    larger = set()
+    for seed in range(20):
+        ratios = [
             (own.norm() / expected.norm()).item()
             for own, expected in zip(begin("one layer × 10", seed=seed), kaiming(seed=seed), strict=True)
-        )
-        assert ratios == pytest.approx([1.0, 1.0, 10.0], rel=1e-9)
+        ]
+        assert sorted(ratios) == pytest.approx([1.0, 1.0, 10.0], rel=1e-9)
+        larger.add(ratios.index(max(ratios)))
+    assert larger == {0, 1, 2}
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
@@ -75,11 +77,10 @@ def test_orthogonal_starts_have_the_activations_gain(activation):
 
 
 def test_lsuv_looks_at_the_data():
-    torch.manual_seed(0)
     model = network()
-    model.append(nn.Identity())
     batch = 3 * torch.randn(64, 3, 2, 2), torch.randint(10, (64,))
     copied = copy.deepcopy(model)
     STARTS["LSUV"](copied, "relu", batch, torch.Generator().manual_seed(0))
+    # to `lsuv_`'s own tolerance
     assert copied(batch[0]).std().item() == pytest.approx(1.0, rel=0.1)
     assert copied[0](batch[0]).std().item() == pytest.approx(1.0, rel=0.1)

@@ -11,10 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from common.types import InitResult
-from data import load_images
 from reproduce import nio_cifar10
 from reproduce.cifar import Start, order_of_work
-from reproduce.images import Splits
 from reproduce.nio_cifar10 import EXPERIMENT, PRESETS, by_nio, epochs_worth, run
 from reproduce.nio_report import CLAIMS, print_report, save_figure, summarise
 from tests.reproduce import commands
@@ -136,8 +134,8 @@ def test_a_run_of_something_else_is_refused(beside, tmp_path, change, message):
     assert records_of(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("splits", [None, "examples"])
-def test_the_search_is_as_configured(monkeypatch, splits):
+@pytest.mark.parametrize("grouping", [None, "examples"])
+def test_the_search_is_as_configured(monkeypatch, splits, grouping):
     told = []
 
     def recorder(model, **options):
@@ -149,10 +147,9 @@ def test_the_search_is_as_configured(monkeypatch, splits):
         PRESETS["smoke"], nio_splits=3, nio_overlap=0.25, nio_objective="gc_gn", nio_steps=7, nio_learning_rate=0.02,
         nio_norm_bound=1.5, nio_batch_size=12,
     )  # fmt: skip
-    data = load_images("digits", train=60, test=20)
-    start = Start(config, "resnet-8", 0, Splits(data.train, data.test, data.test, data), lambda _: None)
-    record = by_nio(nn.Linear(2, 2), start, splits=splits)
-    groups = {"splits": 3, "overlap": 0.25} if splits is None else {"splits": "examples", "overlap": 0.0}
+    start = Start(config, "resnet-8", 0, splits, lambda _: None)
+    record = by_nio(nn.Linear(2, 2), start, splits=grouping)
+    groups = {"splits": 3, "overlap": 0.25} if grouping is None else {"splits": "examples", "overlap": 0.0}
     measurement, search = told
     expected = groups | {"objective": "gc_gn"}
     assert {name: measurement[name] for name in expected} == expected
@@ -161,7 +158,7 @@ def test_the_search_is_as_configured(monkeypatch, splits):
     assert {name: search[name] for name in expected} == expected
     x, _ = next(iter(search["batches"]))
     assert len(x) == 12
-    assert record["epochs_worth"] == epochs_worth(config, splits == "examples", 60)
+    assert record["epochs_worth"] == epochs_worth(config, grouping == "examples", 60)
     assert record["scales"] == {"weight": 0.5}
 
 

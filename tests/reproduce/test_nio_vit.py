@@ -15,10 +15,8 @@ from torch.testing import assert_close
 
 from common.functional import parameters_of, pure_loss
 from common.types import NotFiniteError
-from data import load_images
 from papers.nio import measure
 from reproduce import nio_vit as module
-from reproduce.images import Splits
 from reproduce.nio_vit import (
     ARMS,
     PRESETS,
@@ -47,12 +45,6 @@ def complete(tmp_path_factory) -> tuple[Path, str]:
     done = run_command("--data", "digits", "--output", str(folder))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
-
-
-@pytest.fixture
-def splits() -> Splits:
-    data = load_images("digits", train=60, test=20)
-    return Splits(data.train, data.train.take(torch.arange(12)), data.test, data)
 
 
 def test_a_run_leaves_its_folder(complete):

@@ -902,7 +902,7 @@ def test_no_meta_step_is_where_the_laws_start():
 
 @pytest.mark.parametrize("batch_norm", ["batch", "carried"])
 @pytest.mark.parametrize("exact", [True, False])
-def test_which_kernels_is_as_asked_for(monkeypatch, batch_norm, exact):
+def test_kernels_are_those_that_are_asked_for(monkeypatch, batch_norm, exact):
     seen = []
     for name in ("pure_loss", "tracking_loss"):
         real = getattr(algorithm, name)

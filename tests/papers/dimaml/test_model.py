@@ -732,6 +732,7 @@ def test_a_learned_law_is_a_function_of_its_parameters():
 def test_options_reach_the_laws():
     model = nn.Linear(6, 4)
     law = InitDistribution.from_model(model, "plif", rule="range", pieces=5)
+    assert law.families["weight"].pieces == 5
     ends = law.families["weight"].quantile(torch.tensor([0.0, 1.0]))
     assert ends.tolist() == pytest.approx([model.weight.min().item(), model.weight.max().item()])
     own = InitDistribution.from_model(model)

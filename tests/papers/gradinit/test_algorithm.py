@@ -240,7 +240,7 @@ def check_own_step(module):
         scales = module.gradinit(model, step=cubes, exact=exact, **told).scales
         d = {name: slope / 0.3 for name, slope in d.items()}  # the released factor 1/η
         expected = {name: (1e3 * slope / (slope.abs() + 1e6)).item() for name, slope in d.items()}
-        assert {name: 1 - scale for name, scale in scales.items()} == pytest.approx(expected, rel=1e-5)
+        assert {name: 1 - scale for name, scale in scales.items()} == pytest.approx(expected, rel=1e-5)  # of 1 − m
 
 
 def check_exact_kernels(module):

@@ -1,7 +1,6 @@
 """MetaInit's loop: the update in closed form, invariants I11–I16, what is left of the user's model, and every error."""
 
 import copy
-import inspect
 import math
 
 import pytest
@@ -232,7 +231,6 @@ def test_a_norm_may_cross_zero_only_where_that_is_allowed():
 
 def test_the_smallest_ratio_of_a_step_is_the_one_that_is_asked_for():
     scales = metainit(mlp(4, 6, 3), input_shape=(4,), steps=1, lr=300.0, minimum_ratio=0.5, **QUIET).scales
-    assert 0.5 in [pytest.approx(scale) for scale in scales.values()]
     assert min(scales.values()) == pytest.approx(0.5)
 
 
@@ -340,18 +338,18 @@ def test_noise_batches(seed, size, classes):
 @pytest.mark.parametrize("classes", [None, 2])
 def test_the_default_noise_is_what_the_options_say(classes):
     # of as many classes as the model has outputs, from a generator of seed 0
-    scales = []
+    results = []
     for noise in (
         {"input_shape": (4,), "num_classes": classes, "batch_size": 5},
         {"batches": noise_batches((4,), classes or 3, 5, generator=torch.Generator().manual_seed(0))},
     ):
-        scales.append(metainit(mlp(4, 6, 3), steps=2, **noise, **QUIET))
-    assert scales[0] == scales[1]
+        results.append(metainit(mlp(4, 6, 3), steps=2, **noise, **QUIET))
+    assert results[0] == results[1]
     other = metainit(
         mlp(4, 6, 3), input_shape=(4,), num_classes=classes, batch_size=5, steps=2,
         generator=torch.Generator().manual_seed(1), **QUIET,
     )  # fmt: skip
-    assert other.history != scales[0].history
+    assert other.history != results[0].history
 
 
 def test_noise_is_standard_normal_with_uniform_labels():
@@ -522,7 +520,7 @@ def test_a_loss_that_is_no_mean_over_examples_is_refused_with_micro_batches():
 
 def test_another_update_is_refused():
     with pytest.raises(ValueError, match="sign_momentum_step: `update` must be one of 'linear', 'log', got 'Log'"):
-        inspect.unwrap(sign_momentum_step)(torch.ones(1), torch.zeros(1), torch.ones(1), lr=0.1, mu=0.9, update="Log")
+        sign_momentum_step(torch.ones(1), torch.zeros(1), torch.ones(1), lr=0.1, mu=0.9, update="Log")
 
 
 def test_no_more_examples_are_held_at_once_than_asked_for():

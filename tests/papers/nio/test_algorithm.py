@@ -992,7 +992,7 @@ def test_an_error_in_the_callback_leaves_the_model_as_it_was():
     assert_same_state(model, before)
 
 
-def test_the_defaults_are_as_published():
+def test_the_defaults_are_those_that_are_documented():
     defaults = {name: option.default for name, option in inspect.signature(nio).parameters.items()}
     expected = {
         "loss_fn": classification_loss, "splits": None, "overlap": 0.0, "objective": None, "gamma": math.inf,

@@ -869,5 +869,5 @@ def test_gradients_that_agree_have_no_negative_variance(seed, n):
     x = x[:1].expand(n, *x.shape[1:])
     batch = (x, *(leaf[:1].expand(n, *leaf.shape[1:]) for leaf in rest))
     for mode in ("loop", "vmap"):
-        variance = measure(small_loss, theta0, batch, mode=mode)["grad_variance"]
-        assert 0 <= variance.item() < 1e-12
+        measured = measure(small_loss, theta0, batch, mode=mode)
+        assert 0 <= measured["grad_variance"] <= 1e-13 * (1 + measured["grad_norm"] ** 2)
