@@ -6,15 +6,10 @@ from rich.console import Console
 from reproduce.metainit_report import best_learning_rate, print_report, summarise
 
 
-def trained(arm: str, seed: int, rate: float, validation: list[float], test: list[float], **more) -> dict:
+def trained(arm: str, seed: int, rate: float, validation: list[float], test: list[float]) -> dict:
     history = [{"validation_accuracy": v, "test_accuracy": t} for v, t in zip(validation, test, strict=True)]
-    key = {"network": "n", "arm": arm, "seed": seed}
-    return (
-        {"kind": "training"}
-        | key
-        | {"learning_rate": rate, "history": history, "diverged": False, "seconds": 4.0}
-        | more
-    )
+    key = {"kind": "training", "network": "n", "arm": arm, "seed": seed, "learning_rate": rate}
+    return key | {"history": history, "diverged": False, "seconds": 4.0}
 
 
 def begun(arm: str, seed: int, before: float, after: float | None = None) -> dict:

@@ -5,6 +5,7 @@ import inspect
 import math
 import warnings
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -316,25 +317,19 @@ def check_gradient_tensors(module):
 
 def check_what_is_passed_on(module):
     """What changes no number: how many graphs are held at once, by which way, through which kernels."""
-    calls, losses = [], []
-    real, make = module.scale_gradients, module.pure_loss
-    module.scale_gradients = lambda *args, **options: calls.append(options) or real(*args, **options)
-    module.pure_loss = lambda *args, **options: losses.append(options) or make(*args, **options)
-    try:
-        for told, size, mode in (
-            ({}, 32, "vmap"), ({"chunk_size": 5}, 5, "vmap"), ({"splits": 8}, 4, "loop"),
-            ({"splits": 8, "chunk_size": 3}, 3, "loop"), ({"coupling": "shared"}, 32, "loop"),
-        ):  # fmt: skip
-            calls.clear()
+    for told, size, mode in (
+        ({}, 32, "vmap"), ({"chunk_size": 5}, 5, "vmap"), ({"splits": 8}, 4, "loop"),
+        ({"splits": 8, "chunk_size": 3}, 3, "loop"), ({"coupling": "shared"}, 32, "loop"),
+    ):  # fmt: skip
+        with mock.patch.object(module, "scale_gradients", wraps=module.scale_gradients) as called:
             module.nio(mlp(4, 6, 3), batches=batches_like(BATCHES[0], size=16), steps=2, **told, **QUIET)
-            assert {(call.get("chunk_size"), call.get("mode")) for call in calls[-2:]} == {(size, mode)}
-        for told in ({}, {"exact_kernels": False, "batch_norm": "running"}):
-            losses.clear()
+        steps = [call.kwargs for call in called.call_args_list[-2:]]
+        assert {(step.get("chunk_size"), step.get("mode")) for step in steps} == {(size, mode)}
+    for told in ({}, {"exact_kernels": False, "batch_norm": "running"}):
+        with mock.patch.object(module, "pure_loss", wraps=module.pure_loss) as made:
             module.nio(mlp(4, 6, 3), batches=BATCHES, steps=1, **told, **QUIET)
-            wanted = {"batch_norm": told.get("batch_norm", "batch"), "exact": told.get("exact_kernels", True)}
-            assert losses == [wanted | {"order": order} for order in (2, 3)]
-    finally:
-        module.scale_gradients, module.pure_loss = real, make
+        wanted = {"batch_norm": told.get("batch_norm", "batch"), "exact": told.get("exact_kernels", True)}
+        assert [call.kwargs for call in made.call_args_list] == [wanted | {"order": order} for order in (2, 3)]
 
 
 def check_losses_of_examples(module):
