@@ -384,7 +384,7 @@ def main() -> None:
             return
         check_equals(device)
         sections = {name: partial(SECTIONS[name], config, device) for name in config.only}
-        run_sections(sections, "gradinit", device, save=config.save)
+        run_sections(sections, "gradinit", device, save=config.save, batch_size=config.batch_size)
 
 
 if __name__ == "__main__":

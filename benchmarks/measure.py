@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,11 @@ def _resident(field: str) -> int:
 
 
 def run_sections(
-    sections: dict[str, Callable[[], dict[str, Any]]], name: str, device: torch.device, *, save: bool
+    sections: dict[str, Callable[[], dict[str, Any]]], name: str, device: torch.device, *, save: bool, **options: Any
 ) -> None:
     """Measure, show and record each section; rows that were not measured this time stay in the file.
 
-    Each row says where and when it was measured; the section says so of those that were measured last.
+    Each row says where, when and with which `options` it was measured; the section says so of those measured last.
     """
     console = Console(width=110)
     path = RESULTS / f"{name}-{device.type}.json"
@@ -109,13 +109,23 @@ def run_sections(
         about = (getattr(measure, "func", measure).__doc__ or "").strip()
         show(console, f"{section}: {about}", measured)
         old = results.get(section, {})
-        then = {key: old[key] for key in ("machine", "torch", "date") if key in old}
-        now = {"machine": device_name(device), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+        then = {key: value for key, value in old.items() if key not in ("about", "results")}
+        now = {"machine": device_name(device), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), **options}
         kept = {label: then | row for label, row in old.get("results", {}).items()}
         rows = kept | {label: row | now for label, row in measured.items()}
         results[section] = {"about": about, **now, "results": rows}
         if save:
             path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+
+def measured_alike(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a section of the results file that may be compared: of its last machine, torch and options."""
+    setting = {key: value for key, value in section.items() if key not in ("about", "results", "date")}
+    return {
+        label: row
+        for label, row in section["results"].items()
+        if all(row.get(key, value) == value for key, value in setting.items())
+    }
 
 
 def show(console: Console, title: str, results: dict[str, Any]) -> None:

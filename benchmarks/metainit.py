@@ -220,7 +220,7 @@ def section_training(config: Config, device: torch.device) -> dict[str, Any]:
             f"{precision}, {'channels-last' if last else 'NCHW'}": TrainingConfig(
                 epochs=1, learning_rate=0.01, precision=precision, channels_last=last
             )
-            for precision in config.training_precisions
+            for precision in dict.fromkeys(("float32", *config.training_precisions))  # the reference is float32
             for last in (False, True)
         }
         models = {label: network(name, device, batch_norm=True) for label in recipes}

@@ -25,13 +25,21 @@ import torchvision
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gradinit
 from benchmarks.gradinit import noise
-from benchmarks.measure import RESULTS, compare_memory, peak_memory, run_sections, seconds, summarise
+from benchmarks.measure import (
+    RESULTS,
+    compare_memory,
+    measured_alike,
+    peak_memory,
+    run_sections,
+    seconds,
+    summarise,
+)
 from common.derivatives import GroupMode
 from common.functional import classification_loss, parameters_of, pure_loss
 from common.initializers import scale_weights_
@@ -43,6 +51,7 @@ from common.tree import tree_norms
 from common.types import Batch, Params
 from papers.nio import example_losses, gradient_tensors, scale_gradients, windows
 from papers.nio.objective import Coupling
+from reproduce.figures import log_scale, save_png
 
 Section = Literal["splits", "memory", "examples", "streaming", "scaling"]
 FIGURE = Path(__file__).parents[1] / "docs" / "nio_cost.png"
@@ -281,8 +290,8 @@ def memory_of(way: str, name: str, splits: str, size: int, device: torch.device)
 
 SCALING: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "n": ("resnet-8/8", "n examples of a batch of n", (4, 8, 16, 32, 64)),
-    "D": ("resnet-8/8", "D sub-batches of 64 examples", (2, 4, 8, 16, 32)),
-    "width": ("resnet-8", "channels; 4 sub-batches of 64 examples", (4, 8, 16, 32)),
+    "D": ("resnet-8/8", "D sub-batches of {} examples", (2, 4, 8, 16, 32)),
+    "width": ("resnet-8", "channels; 4 sub-batches of {} examples", (4, 8, 16, 32)),
 }
 """By what grows: the network, in words, and its values."""
 FORMS = {"released loop": "#d62728", "streaming": "#2ca02c", "fused": "#1f77b4"}
@@ -324,14 +333,13 @@ def save_figure(path: Path, section: Mapping[str, Any]) -> None:
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 4), layout="constrained")
         for axes, axis in zip(figure.subplots(1, 3), SCALING, strict=True):
-            draw(axes, axis, [row for row in section["results"].values() if row["axis"] == axis])
+            rows = [row for row in measured_alike(section).values() if row["axis"] == axis]
+            draw(axes, axis, rows, section["batch_size"])
         figure.suptitle(f"One NIO iteration: {section['machine']}, torch {section['torch']}, float32", fontsize=9)
-        partial_path = path.with_suffix(".partial")
-        figure.savefig(partial_path, dpi=140, format="png")
-    partial_path.replace(path)
+        save_png(figure, path, dpi=140)
 
 
-def draw(axes: Axes, axis: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def draw(axes: Axes, axis: str, rows: Sequence[Mapping[str, Any]], batch_size: int) -> None:
     name, in_words, _ = SCALING[axis]
     for form, colour in FORMS.items():
         # the released loop is every row's reference: any one form's rows hold it
@@ -344,14 +352,11 @@ def draw(axes: Axes, axis: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if not in_seconds:
             axes.plot(at, [FORWARD_PASSES[form](k) for k in at], color=colour, linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    for own in (axes.xaxis, axes.yaxis):
-        own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        own.set_minor_formatter(NullFormatter())
-    axes.set(
-        xlabel=in_words, ylabel="seconds" if axis == "width" else "forward passes of the batch (dotted: arithmetic)"
-    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    log_scale(axes)
+    cost_label = "seconds" if axis == "width" else "forward passes of the batch (dotted: arithmetic)"
+    axes.set(xlabel=in_words.format(batch_size), ylabel=cost_label)
     axes.set_title(name, loc="left")
     axes.legend(frameon=False, fontsize=8)
 
@@ -375,7 +380,7 @@ def main() -> None:
             return
         check_equals(device)
         sections = {name: partial(SECTIONS[name], config, device) for name in config.only}
-        run_sections(sections, "nio", device, save=config.save)
+        run_sections(sections, "nio", device, save=config.save, batch_size=config.batch_size)
         if config.save and "scaling" in config.only:
             results = json.loads((RESULTS / f"nio-{device.type}.json").read_text("utf-8"))
             save_figure(FIGURE, results["scaling"])

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import RESULTS, compare, compare_memory, peak_memory, run_sections
+from benchmarks.measure import RESULTS, compare, compare_memory, measured_alike, peak_memory, run_sections
 from common.functional import classification_loss, parameters_of, pure_loss
 from common.networks import CharLSTM
 from common.optimizers import Optimizer, adam, sgd
@@ -367,7 +367,7 @@ SECTIONS: dict[str, Callable[[Config, torch.device], dict[str, Any]]] = {
 def save_figure(path: Path, section: Mapping[str, Any]) -> None:
     """Peak memory against N of the three schemes, from the section curve of a results file."""
     points: dict[str, dict[int, float]] = {"ours": {}, "segments": {}, "naive": {}}
-    for label, row in section["results"].items():
+    for label, row in measured_alike(section).items():
         head, other = label.split(", against ")
         N = int(head.removeprefix("N = "))
         points["ours"][N] = row["megabytes"]
@@ -387,8 +387,8 @@ def save_figure(path: Path, section: Mapping[str, Any]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         log_scale(axes)
         axes.set(xlabel="N, inner steps", ylabel="peak memory of a meta-gradient, MB")
-        setting = f"A small convolutional auto-encoder, batch 32. {section['machine']}, torch {section['torch']}"
-        axes.set_title(setting, fontsize=8, loc="left")
+        setting = f"A small convolutional auto-encoder, batch {section['batch_size']}. {section['machine']}, torch "
+        axes.set_title(f"{setting}{section['torch']}", fontsize=8, loc="left")
         axes.legend(frameon=False)
         save_png(figure, path, dpi=130)
 
@@ -403,7 +403,7 @@ def main() -> None:
             return
         check_equals(device)
         sections = {name: partial(SECTIONS[name], config, device) for name in config.only}
-        run_sections(sections, "unroll", device, save=config.save)
+        run_sections(sections, "unroll", device, save=config.save, batch_size=config.batch_size)
         if config.save and "curve" in config.only:
             results = json.loads((RESULTS / f"unroll-{device.type}.json").read_text("utf-8"))
             save_figure(FIGURE, results["curve"])

@@ -103,6 +103,7 @@ def open_run(experiment: str, config: Mapping[str, Any], *, seed: int, output: P
     _check_resumable(folder, wanted)  # another process may have begun a run in between
     if not (folder / "config.json").exists() or _is_without_work(folder):
         (folder / "environment.json").unlink(missing_ok=True)
+        (folder / "metrics.jsonl").touch()  # which tells a run's folder from others, where there are no locks too
         _write_json(folder / "config.json", wanted)
     return Run(folder, _whole_lines(folder / "metrics.jsonl"), lock)
 
@@ -154,9 +155,11 @@ def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -
     begun = _read_object(path, path.read_bytes(), "write_environment")
     # the content alone: the same images may come from the hub at first and from its cache later
     if begun["data"]["sha256"] != data["sha256"]:
+        first, identity = begun["data"].get("identity"), data.get("identity")
+        got = identity if identity != first else "other content by that name, changed since or drawn without a seed"
         raise ValueError(
-            f"write_environment: a run must be resumed on the data it was begun with, {begun['data'].get('identity')}, "
-            f"got {data.get('identity')}. Name the same data, or give another folder."
+            f"write_environment: a run must be resumed on the data it was begun with, {first}, got {got}. "
+            "Name the same data, or give another folder."
         )
     last = begun.get("resumed", [begun])[-1]
     if any(last.get(name) != value for name, value in now.items()):

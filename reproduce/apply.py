@@ -40,7 +40,7 @@ from common.record import as_recorded, device_name, device_of
 from common.types import InitResult, UserLoss
 from papers import initialize, method_of
 from reproduce.bring import Brought, bring_data, bring_loss, bring_model
-from reproduce.command import end_well, options_of
+from reproduce.command import NOTHING, end_well, options_of
 
 EXPERIMENT = "apply"
 SHOWN = 10
@@ -261,7 +261,7 @@ def report(console: Console, result: InitResult, title: str) -> None:
 
 
 def main() -> None:
-    end_well(lambda: run(tyro.cli(Config, description=__doc__)), interrupted="Interrupted. Nothing was written.")
+    end_well(lambda: run(tyro.cli(Config, description=__doc__)), interrupted=NOTHING)
 
 
 if __name__ == "__main__":

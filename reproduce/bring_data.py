@@ -460,8 +460,9 @@ def _from_loaders(spec: str, device: torch.device, caller: str) -> Brought:
             "batch_size": size,
             "num_classes": num_classes,
             "is_repeatable": is_repeatable,
-            "sha256": _digest([example, test_example]),
-            "sha256_of": "the first training batch and the first test batch",
+            "sha256": _digest([example, test_example], content=is_repeatable),
+            "sha256_of": f"{'' if is_repeatable else 'the kinds of tensors in '}the first training batch and the first "
+            "test batch",
         },
         device=device,
         example=example,
@@ -496,11 +497,13 @@ def _sizes(spec: str, loader: Any, caller: str) -> tuple[Batch, int, int | None]
     return first, number, largest + 1 if is_labelled else None
 
 
-def _digest(batches: list[Batch]) -> str:
+def _digest(batches: list[Batch], *, content: bool = True) -> str:
+    """Of all that they hold; without `content` of what is the same whichever examples are drawn."""
     digest = hashlib.sha256()
     for leaf in tensors_of(batches):
-        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(f"{leaf.dtype} {tuple(leaf.shape) if content else leaf.ndim}".encode())
+        if content:
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -472,8 +472,8 @@ def run(
     environment = {"data": splits.data.identity, "device": device_name(device), "schedule": config.schedule}
     summary = experiment.summarise(folder.records, [arm.name for arm in experiment.arms]) | environment
     experiment.save_figure(folder.folder / "figure.png", folder.records, summary)
-    experiment.print_report(console, summary)
     folder.finish(summary)
+    experiment.print_report(console, summary)
     console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
     return summary
 

@@ -25,6 +25,7 @@ TRACEBACK = "LEARNED_INIT_TRACEBACK"
 MADE_HERE = ("digits", "noise", "pydoc", "stdlib", "embedded", "reversed")
 """Data that no network is asked for."""
 GO_ON = "Interrupted. The same command with --output and the run folder named above goes on from here."
+NOTHING = "Interrupted. Nothing was written."
 
 
 def parse(presets: Mapping[str, Config], description: str, args: list[str] | None = None) -> Config:
@@ -124,8 +125,8 @@ def out_of_memory(error: Exception) -> str | None:
         return None
     said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return (
-        f"the memory must hold the computation, got: {said}. Lower --batch-size (or --processes, where there are "
-        "several), or take a smaller model."
+        f"the memory must hold the computation, got: {said}. Take smaller batches (--help names the options that say "
+        "how large they are), fewer --processes where there are several, or a smaller model."
     )
 
 

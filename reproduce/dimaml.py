@@ -395,8 +395,8 @@ def run(make: type[Bench], config: Any) -> dict[str, Any]:
             before, after = (InitDistribution.load(laws_path(folder.folder, k, unit)) for k in ("start", "laws"))
             title = f"{make.name}, learned on {shown.names[unit.source]}"
             save_laws(folder.folder / f"laws-{unit.source}-{unit.family}.png", before, after, title)
-    print_report(console, summary, shown)
     folder.finish(summary)
+    print_report(console, summary, shown)
     console.print(f"Records, laws (*.safetensors) and figures: {folder.folder}")
     return summary
 

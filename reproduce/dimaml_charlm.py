@@ -140,6 +140,11 @@ class CharacterBench(Bench):
             test_characters=1 if config.test_characters is None else config.test_characters,
             test_streams=config.test_streams,
         )  # fmt: skip
+        if config.test_characters is not None and config.test_characters < 2 * config.test_streams:
+            raise ValueError(
+                f"{EXPERIMENT}: `test_characters` must be at least two for each of `test_streams`, got "
+                f"{config.test_characters} for {config.test_streams}."
+            )
         check_positive(EXPERIMENT, learning_rate=config.learning_rate)
         if not 0 <= config.dropout < 1:
             raise ValueError(f"{EXPERIMENT}: `dropout` must lie in [0, 1), got {config.dropout}.")

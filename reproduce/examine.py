@@ -442,11 +442,11 @@ def run(config: Config) -> dict[str, Any]:
     result = (
         {"description": description, "data": data.identity, "device": device_name(device)} | _asked(config) | result
     )
-    print_report(console, result)
     environment = json.loads((folder.folder / "environment.json").read_text("utf-8"))
     command = shlex.join(["python", "-m", "reproduce.examine", *sys.argv[1:]])
     page = write_report(folder.folder, result, command=command, config=asdict(config), environment=environment)
     folder.finish(recorded(result))
+    print_report(console, result)  # last: a closed pipe ends the process
     console.print(f"Page: {page}. Beside it: {', '.join(TABLES)} and summary.json.", markup=False)
     return result
 
@@ -473,7 +473,7 @@ def recorded(value: Any) -> Any:
 
 
 def main() -> None:
-    end_well(lambda: run(tyro.cli(Config, description=__doc__ or "")))
+    end_well(lambda: run(tyro.cli(Config, description=__doc__ or "")), interrupted="Interrupted. No page was written.")
 
 
 if __name__ == "__main__":

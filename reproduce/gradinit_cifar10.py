@@ -7,7 +7,7 @@ GradInit, with the epochs that GradInit costs added, with warm-up, and after LSU
 """
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 from torch import nn
@@ -90,7 +90,8 @@ def gradinit_and_variance(model: nn.Module, start: Start) -> dict[str, Any]:
 def variance_of(model: nn.Module, start: Start) -> dict[str, float]:
     config, splits = start.config, start.splits
     assert isinstance(config, Config)
-    stream = augmented(config, splits, start.recipe.batch_size, 77)
+    size = start.recipe.batch_size
+    stream = chain.from_iterable(augmented(config, splits, size, seed) for seed in count(77))  # pass after pass
     with full_precision(splits.device):
         return relative_gradient_variance(
             pure_loss(model, exact=False), parameters_of(model), islice(stream, config.variance_batches)

@@ -27,6 +27,7 @@ from common.networks import make_network
 from common.precision import full_precision
 from common.record import Run, device_name, device_of, write_environment
 from common.scales import scalable_tensors
+from common.types import NotFiniteError
 from data import ImageData, load_images, sample_batches
 from papers.gradinit import batch_pairs, scale_gradients
 from reproduce.command import begin, end_well, make_progress, parse
@@ -79,6 +80,7 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------- one unit of work
 def agreement(d: Tensor, reference: Tensor) -> dict[str, float]:
     """How alike two scale gradients are: cosine, share of equal signs, largest difference over the largest entry."""
+    d, reference = d.double(), reference.double()  # on a bad start their squares may leave float32's range
     return {
         "cosine": torch.nn.functional.cosine_similarity(d, reference, dim=0).item(),
         "same_sign": (d.sign() == reference.sign()).double().mean().item(),
@@ -106,14 +108,20 @@ def measure(config: Config, network: str, seed: int, data: ImageData, device: to
     def slopes(**options: Any) -> Tensor:
         return torch.stack(list(scale_gradients(loss, theta0, scales, S, S_tilde, **options)[1].values()))
 
+    def compared(*both: dict[str, Any]) -> dict[str, float]:
+        try:
+            return agreement(*(slopes(**options) for options in both))
+        except NotFiniteError:  # a result, told by numbers that are none
+            return {"cosine": math.nan, "same_sign": math.nan, "error": math.nan}
+
     with full_precision(device):
         rows = [
             {"comparison": "step", "eta": eta}
-            | agreement(*(slopes(gamma=math.inf, eta=eta, exact=exact) for exact in (False, True)))
+            | compared(*({"gamma": math.inf, "eta": eta, "exact": exact} for exact in (False, True)))
             for eta in config.etas
         ]
-        differences, lazy = (slopes(gamma=0.0, engine=engine) for engine in ("finite_difference", "lazy"))
-    return [*rows, {"comparison": "finite difference", "eta": None} | agreement(differences, lazy)]
+        differences = compared(*({"gamma": 0.0, "engine": engine} for engine in ("finite_difference", "lazy")))
+    return [*rows, {"comparison": "finite difference", "eta": None} | differences]
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -148,8 +156,8 @@ def run(config: Config) -> dict[str, Any]:
         compute(config, folder, lambda network, seed: measure(config, network, seed, data, device), progress)
     summary = summarise(folder.records) | {"data": data.identity, "device": device_name(device)}
     save_figure(folder.folder / "figure.png", summary)
-    print_report(console, summary)
     folder.finish(summary)
+    print_report(console, summary)
     console.print(f"Records and figure.png: {folder.folder}")
     return summary
 
@@ -169,14 +177,17 @@ def compute(
 
 # ---------------------------------------------------------------------------------------------- numbers, table, figure
 def summarise(records: Records) -> dict[str, Any]:
-    """For each network and comparison, every seed's numbers."""
+    """For each network and comparison, every seed's numbers, and how many seeds have none, as slopes overflowed."""
     summary: dict[str, Any] = {"networks": {}}
     for record in records:
         rows = summary["networks"].setdefault(record["network"], {})
         for comparison in record["comparisons"]:
             label = comparison["comparison"] if comparison["eta"] is None else f"{comparison['eta']:g}"
-            row = rows.setdefault(label, {"cosine": [], "same_sign": [], "error": []})
-            for key in row:
+            row = rows.setdefault(label, {"cosine": [], "same_sign": [], "error": [], "not_finite": 0})
+            if comparison["error"] is None:  # which any entry that is not finite leads to
+                row["not_finite"] += 1
+                continue
+            for key in ("cosine", "same_sign", "error"):
                 row[key].append(comparison[key])
     return summary
 
@@ -203,7 +214,9 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     for network, *pair in pairs_of(summary):
         for number, eta in enumerate(label for label in pair[0] if label != "finite difference"):
             cells = [
-                cell for rows in pair for cell in (percent(rows[eta]["same_sign"]), with_deviation(rows[eta]["cosine"]))
+                cell
+                for rows in pair
+                for cell in (shown(percent, rows[eta]["same_sign"]), shown(with_deviation, rows[eta]["cosine"]))
             ]
             table.add_row("" if number else network, eta, *cells)
     console.print(table)
@@ -213,14 +226,25 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     )  # fmt: skip
     for network, *pair in pairs_of(summary):
         rows = [row["finite difference"] for row in pair]
-        table.add_row(network, *(c for row in rows for c in (percent(row["same_sign"]), percent(row["error"]))))
+        table.add_row(network, *(shown(percent, row[key]) for row in rows for key in ("same_sign", "error")))
     console.print(table)
-    seeds = max(len(row["cosine"]) for rows in summary["networks"].values() for row in rows.values())
+    every = {(network, label): row for network, rows in summary["networks"].items() for label, row in rows.items()}
+    seeds = max(len(row["cosine"]) + row["not_finite"] for row in every.values())
+    for (network, label), row in every.items():
+        if row["not_finite"]:
+            what = label if label == "finite difference" else f"η = {label}"
+            console.print(
+                f"{network}, {what}: not finite with {row['not_finite']} of {seeds} seeds, which are left out."
+            )
     console.print(
         f"\nScale gradients at initialisation: mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}. "
         "η: size of the normalised look-ahead step. Errors in percent of the largest entry.",
         style="dim",
     )
+
+
+def shown(form: Callable[[Sequence[float]], str], values: Sequence[float]) -> str:
+    return form(values) if values else "–"
 
 
 def with_deviation(values: Sequence[float]) -> str:
@@ -238,7 +262,7 @@ def save_figure(path: Path, summary: dict[str, Any]) -> None:
         for axis, (key, factor, label) in zip(axes, panels, strict=True):
             for number, (network, *pair) in enumerate(pairs_of(summary)):
                 for rows, name, style in zip(pair, (network, f"{network}-bn"), ("-", "--"), strict=True):
-                    etas = [eta for eta in rows if eta != "finite difference"]
+                    etas = [eta for eta, row in rows.items() if eta != "finite difference" and row["cosine"]]
                     points = [mean_and_deviation([factor * value for value in rows[eta][key]]) for eta in etas]
                     axis.errorbar(
                         [float(eta) for eta in etas],

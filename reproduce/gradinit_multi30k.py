@@ -370,7 +370,6 @@ def variance_of(config: Config, model: nn.Module, corpus: Corpus, device: torch.
 def run_training(
     config: Config, arm: Arm, optimizer: OptimizerName, learning_rate: float, seed: int, corpus: Corpus,
     device: torch.device, start: dict[str, Any], extra_updates: int, checkpoint: Path,
-    on_epoch: Callable[[dict[str, float]], None],
 ) -> dict[str, Any]:  # fmt: skip
     model = initialise(config, arm, seed, corpus, device)
     rescaled(model, start.get("scales", {}))
@@ -386,6 +385,15 @@ def run_training(
         precision=config.precision,
     )
     validation = [batch for batch, _ in evaluation_text_batches(corpus.validation, 4096, device=device)]
+    bleu = 0.0
+
+    def translate_at_the_end(entry: dict[str, float]) -> None:
+        """As long as the last checkpoint is there: on a GPU the beam takes minutes."""
+        nonlocal bleu
+        # a model that has learnt less than how often each word occurs has not been trained
+        if entry["epoch"] == recipe.epochs and entry["validation_loss"] < corpus.unigram_loss:
+            bleu = bleu_of(config, model, corpus, device)
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # dropout's
         result = train(
@@ -397,14 +405,17 @@ def run_training(
             steps_per_epoch=steps,
             config=recipe,
             checkpoint=checkpoint,
-            on_epoch=on_epoch,
+            on_epoch=translate_at_the_end,
         )
-    final = result.history[-1]["validation_loss"]
-    # a model that has learnt less than how often each word occurs has not been trained
-    failed = result.diverged or not final < corpus.unigram_loss
+    failed = result.diverged or not result.history[-1]["validation_loss"] < corpus.unigram_loss
     history = [{"updates": steps * int(entry["epoch"])} | entry for entry in result.history]
-    record = {"history": history, "diverged": result.diverged, "failed_run": failed, "seconds": result.seconds}
-    return record | {"bleu": 0.0 if failed else bleu_of(config, model, corpus, device)}
+    return {
+        "history": history,
+        "diverged": result.diverged,
+        "failed_run": failed,
+        "seconds": result.seconds,
+        "bleu": 0.0 if failed else bleu,
+    }
 
 
 @torch.no_grad()
@@ -443,6 +454,8 @@ def check_config(config: Config) -> None:
         )
     if config.variance_batches < 2:
         raise ValueError(f"{EXPERIMENT}: `variance_batches` must be at least 2, got {config.variance_batches}.")
+    if not 0 <= config.warmup <= 1:
+        raise ValueError(f"{EXPERIMENT}: `warmup` must lie in [0, 1], got {config.warmup}: a share of the updates.")
     if not config.optimizers:
         raise ValueError(f"{EXPERIMENT}: `optimizers` must name one, got none.")
     for optimizer in config.optimizers:
@@ -452,6 +465,15 @@ def check_config(config: Config) -> None:
                 f"{EXPERIMENT}: learning rates must be positive, one or more, got {rates} for {optimizer}."
             )
     device_of(config.device, EXPERIMENT)
+
+
+def check_batches(config: Config, corpus: Corpus) -> None:
+    """The longest pairs must fit into those of training and of GradInit."""
+    for name in ("max_tokens", "meta_tokens"):
+        try:
+            bucketed_batches(corpus.train, getattr(config, name), generator=torch.Generator())
+        except ValueError as error:
+            raise ValueError(f"{EXPERIMENT}, `{name}`: {error}") from error
 
 
 def rates_of(config: Config, optimizer: OptimizerName) -> tuple[float, ...]:
@@ -472,6 +494,7 @@ def run(config: Config) -> dict[str, Any]:
         f"{config.max_length}. A model that knows word frequencies alone: {corpus.unigram_loss:.2f} nats a token."
     )
     console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}")
+    check_batches(config, corpus)
     with make_progress(quiet=config.quiet) as progress:
         compute(config, folder, corpus, device, progress)
     save_scales(folder, "optimizer", "gradinit")
@@ -483,8 +506,8 @@ def run(config: Config) -> dict[str, Any]:
     }
     summary = summarise(folder.records, [arm.name for arm in ARMS], config.optimizers) | environment
     save_figure(folder.folder / "figure.png", folder.records, summary)
-    print_report(console, summary)
     folder.finish(summary)
+    print_report(console, summary)
     console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
     return summary
 
@@ -529,9 +552,7 @@ def compute(config: Config, folder: Run, corpus: Corpus, device: torch.device, p
                     record = folder.append(
                         {"kind": "training", "learning_rate": rate, "extra_updates": extra}
                         | key
-                        | run_training(
-                            config, arm, optimizer, rate, seed, corpus, device, start, extra, checkpoint, lambda _: None
-                        )
+                        | run_training(config, arm, optimizer, rate, seed, corpus, device, start, extra, checkpoint)
                     )
                 progress.advance(bar, 0.7 / len(rates))
                 trained.append(record)

@@ -313,8 +313,8 @@ def run(config: Config) -> dict[str, Any]:
     environment = {"data": splits.data.identity, "device": device_name(device)}
     summary = summarise(folder.records, [arm.name for arm in ARMS]) | environment
     save_figure(folder.folder / "figure.png", folder.records, summary)
-    print_report(console, summary)
     folder.finish(summary)
+    print_report(console, summary)
     console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
     return summary
 
@@ -356,14 +356,16 @@ def compute(config: Config, folder: Run, splits: Splits, progress: Progress) -> 
                 trained = []
                 for rate in rates:
 
-                    def fit(tick, network=network, arm=arm, seed=seed, rate=rate, start=start) -> dict[str, Any]:
+                    def trained_at(tick, network=network, arm=arm, seed=seed, rate=rate, start=start) -> dict[str, Any]:
                         model = rescaled(initialise(config, network, arm, seed, splits), start.get("scales", {}))
                         checkpoint = folder.folder / f"{network}-{ARMS.index(arm)}-{seed}-{rate:g}.checkpoint"
                         return run_training(config, model, arm, seed, rate, splits, checkpoint, tick)
 
                     label = f"{arm.name}, seed {seed}: train at {rate:g}"
                     trained.append(
-                        unit(label, training_work, config.epochs, fit, kind="training", learning_rate=rate, **key)
+                        unit(
+                            label, training_work, config.epochs, trained_at, kind="training", learning_rate=rate, **key
+                        )
                     )
                 best.setdefault(arm.name, best_learning_rate(trained))
 

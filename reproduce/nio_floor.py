@@ -297,8 +297,8 @@ def run(config: Config) -> dict[str, Any]:
     summary = summarise(folder.records, config.batch_size) | {"data": data.identity, "device": device_name(device)}
     save_scales(folder, "network", "nio")
     save_figure(folder.folder / "figure.png", folder.records, summary)
-    print_report(console, summary)
     folder.finish(summary)
+    print_report(console, summary)
     console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
     return summary
 

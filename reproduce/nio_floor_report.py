@@ -56,12 +56,16 @@ def summarise(records: Records, batch_size: int) -> dict[str, Any]:
 def _summary_of(records: Records, batch_size: int) -> dict[str, Any]:
     befores = sorted((r for r in records if r["kind"] == "before"), key=lambda record: record["seed"])
     floor, about = befores[0]["floor"], befores[0]
-    result: dict[str, Any] = {"floor": floor, "batches": len(befores[0]["measured"]["held out"]), "objectives": {}}
+    batches = len(befores[0]["measured"]["held out"])
+    result: dict[str, Any] = {"floor": floor, "batches": batches, "objectives": {}, "failed": {}}
     result["before"] = {where: _at(befores, where, floor, about, batch_size) for where in befores[0]["measured"]}
     for objective in dict.fromkeys(record["objective"] for record in records if record["kind"] == "after"):
         ended = {r["seed"]: r for r in records if r.get("objective") == objective}
-        pairs = [(ended[b["seed"]], b) for b in befores if "measured" in ended.get(b["seed"], {})]
-        if not pairs:  # every search overflowed
+        failures = {seed: message for seed, record in ended.items() if (message := failure(record))}
+        if failures:
+            result["failed"][objective] = {"searches": len(ended), "messages": [*failures.values()]}
+        pairs = [(ended[b["seed"]], b) for b in befores if b["seed"] in ended.keys() - failures.keys()]
+        if not pairs:
             continue
         result["objectives"][objective] = {
             where: _at([after for after, _ in pairs], where, floor, about, batch_size)
@@ -80,6 +84,14 @@ def _summary_of(records: Records, batch_size: int) -> dict[str, Any]:
             for where in befores[0]["measured"]
         }
     return result
+
+
+def failure(after: dict[str, Any]) -> str | None:
+    """Why a search left nothing to compare, if it did not."""
+    values = [value for rows in after.get("measured", {}).values() for row in rows for value in row.values()]
+    if all(math.isfinite(float(value)) for value in values):
+        return after.get("failed")
+    return "What it left is not finite on every batch that was measured."
 
 
 def _at(records: Records, where: str, floor: float, about: dict[str, Any], batch_size: int) -> dict[str, Any]:
@@ -128,13 +140,19 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
         console.print()
         for name, row in result["groups"].items():
             console.print(sentence(name, row), highlight=False)
+            for objective, failed in row["failed"].items():
+                said = f"{name}, {objective}: {len(failed['messages'])} of {failed['searches']} searches failed."
+                said = " ".join([said, *dict.fromkeys(failed["messages"])])
+                console.print(said, highlight=False, markup=False)
     seeds = max(result["seeds"] for result in summary["networks"].values())
     batches = max(row["batches"] for result in summary["networks"].values() for row in result["groups"].values())
+    lost = any(row["failed"] for result in summary["networks"].values() for row in result["groups"].values())
+    others = " After NIO: of the searches that did not fail." if lost else ""
     console.print(
-        f"\nMeans over {batches} batches of {seeds} seed{'s' if seeds > 1 else ''}. GC: mean cosine of two groups' "
-        "gradients. floor: GC of orthogonal examples of one length. ρ': the signal that GC stands for, squared length "
-        "of the mean gradient over the variance of an example's. GN: mean norm, κ: largest over smallest. Brackets: "
-        "95 % t-interval over seeds; it carries the words, or where they say so, the one over all batches. "
+        f"\nMeans over {batches} batches of {seeds} seed{'s' if seeds > 1 else ''}.{others} GC: mean cosine of two "
+        "groups' gradients. floor: GC of orthogonal examples of one length. ρ': the signal that GC stands for, "
+        "squared length of the mean gradient over the variance of an example's. GN: mean norm, κ: largest over smallest. "
+        "Brackets: 95 % t-interval over seeds; it carries the words, or where they say so, the one over all batches. "
         "Each interval stands by itself: of twenty such words one may be wrong.",
         style="dim",
     )
@@ -218,10 +236,13 @@ def draw_search(axes: Axes, records: Records, key: str, floors: dict[str, float]
             histories = [
                 r["history"]
                 for r in records
-                if r["kind"] == "after" and r["groups"] == name and r["objective"] == objective
+                if r["kind"] == "after" and r["groups"] == name and r["objective"] == objective and "history" in r
             ]
             if histories:
-                means = [mean_and_deviation([entry[key] for entry in step])[0] for step in zip(*histories, strict=True)]
+                means = [
+                    mean_and_deviation([float(entry[key]) for entry in step])[0]
+                    for step in zip(*histories, strict=True)
+                ]
                 axes.plot(range(1, len(means) + 1), means, color=colour, linestyle=line, linewidth=1.3)
         if name in floors:
             axes.axhline(floors[name], color=colour, linestyle="--", linewidth=0.9)

@@ -273,8 +273,8 @@ def run(config: Config) -> dict[str, Any]:
     summary = summarise(folder.records) | {"splits": config.splits, "floor": floor, "data": splits.data.identity}
     summary["device"] = device_name(device)
     save_figure(folder.folder / "figure.png", folder.records, summary)
-    print_report(console, summary)
     folder.finish(summary)
+    print_report(console, summary)
     console.print(f"Records and figure.png: {folder.folder}")
     return summary
 

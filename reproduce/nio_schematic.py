@@ -23,7 +23,7 @@ from torch import Tensor
 from common.derivatives import group_gradients
 from common.types import Params
 from papers.nio import grad_cosine, optima_bound, optima_density
-from reproduce.command import end_well
+from reproduce.command import NOTHING, end_well
 from reproduce.figures import save_png
 
 
@@ -143,7 +143,7 @@ def run(config: Config) -> list[Panel]:
 
 
 def main() -> None:
-    end_well(lambda: run(tyro.cli(Config, description=__doc__)))
+    end_well(lambda: run(tyro.cli(Config, description=__doc__)), interrupted=NOTHING)
 
 
 if __name__ == "__main__":

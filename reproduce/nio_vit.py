@@ -492,8 +492,8 @@ def run(config: Config) -> dict[str, Any]:
     }
     summary = summarise(folder.records, [arm.name for arm in ARMS]) | environment
     save_figure(folder.folder / "figure.png", folder.records, summary)
-    print_report(console, summary)
     folder.finish(summary)
+    print_report(console, summary)
     console.print(f"Records, figure.png and scales.safetensors: {folder.folder}")
     return summary
 

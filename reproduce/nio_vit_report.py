@@ -142,7 +142,7 @@ def _row(records: Records) -> dict[str, Any]:
         "failed_runs": sum(record["failed_run"] for record in trained),
         "diverged": sum(record["diverged"] for record in trained),
         "trainings": len(trained),
-        "updates": trained[0]["updates"] if trained else None,
+        "updates": max((record["updates"] for record in trained), default=None),  # fewer where a run diverged
         "initialisation_seconds": mean_and_deviation([r["seconds"] for r in starts])[0] if starts else None,
         "training_seconds": mean_and_deviation([r["seconds"] for r in trained])[0] if trained else None,
     }

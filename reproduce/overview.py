@@ -21,7 +21,7 @@ from common.networks import make_network
 from common.optimizers import sgd
 from papers import initialize
 from reproduce.bring_data import bring_data
-from reproduce.command import end_well
+from reproduce.command import NOTHING, end_well
 from reproduce.figures import save_png
 
 
@@ -105,7 +105,7 @@ def run(config: Config) -> list[list[float]]:
 
 
 def main() -> None:
-    end_well(lambda: run(tyro.cli(Config, description=__doc__)))
+    end_well(lambda: run(tyro.cli(Config, description=__doc__)), interrupted=NOTHING)
 
 
 if __name__ == "__main__":

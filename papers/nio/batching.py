@@ -6,6 +6,7 @@ that they share, ρ' the signal: ‖𝔼g‖² over the variance of an example's
 Source: the released code of Yang et al., NeurIPS 2022. The paper's own rule for windows was not at hand.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import permutations
 from typing import Literal
@@ -102,7 +103,7 @@ def grad_cosine_floor(groups: Sequence[slice]) -> float:
 
 
 def signal_of(grad_cosine: float, groups: Sequence[slice]) -> float:
-    r"""ρ' from a measured GC: the inverse of `expected_cosine`; 0 at the floor and below, infinite at 1.
+    r"""ρ' from a measured GC: the inverse of `expected_cosine`; 0 at the floor and below, infinite at 1, NaN of NaN.
 
     Example:
         >>> round(signal_of(0.5, [slice(0, 1), slice(1, 2)]), 6)
@@ -110,6 +111,8 @@ def signal_of(grad_cosine: float, groups: Sequence[slice]) -> float:
     """
     if grad_cosine <= grad_cosine_floor(groups):
         return 0.0
+    if math.isnan(grad_cosine):
+        return math.nan
     largest = 1e12
     if grad_cosine >= expected_cosine(groups, largest):
         return float("inf")

@@ -242,6 +242,9 @@ def test_a_system_without_fcntl_has_no_locks(folder, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run = module.open_run("experiment", CONFIG, seed=3, output=folder)
+    module.write_environment(run, DATA, CPU)
+    assert module.read_run(folder, "take_over")[2] == []  # as other processes see it before its first record
+    (folder / "environment.json").unlink()
     assert run.append({"epoch": 1}) == {"epoch": 1}
     assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl"}
     assert module.open_run("experiment", CONFIG, seed=3, output=folder).records == run.records
@@ -362,6 +365,10 @@ def test_a_run_is_not_resumed_on_other_data(folder):
     write_environment(reopen(folder), DATA | {"identity": "digits, from a cache"}, CPU)
     with pytest.raises(ValueError, match="begun with, digits, 1797 rows, got cifar10"):
         write_environment(reopen(folder), {"identity": "cifar10", "rows": 50000, "sha256": "c0"}, CPU)
+    with pytest.raises(
+        ValueError, match="begun with, digits, 1797 rows, got other content by that name, changed since"
+    ):
+        write_environment(reopen(folder), DATA | {"sha256": "c0"}, CPU)
     assert (folder / "environment.json").read_bytes() == before
 
 

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from common.functional import classification_loss
 from common.types import DerivativeError
 from papers import METHODS, InitResult, initialize
-from reproduce import apply
+from reproduce import apply, examine, nio_schematic, overview
 from reproduce.command import GO_ON, begin, end_well, options_of
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
@@ -386,7 +386,10 @@ def test_a_mistake_ends_in_one_sentence(mine, monkeypatch, capsys, arguments, me
     assert files_in(mine) == set()
 
 
-LOWER = "Lower --batch-size (or --processes, where there are several), or take a smaller model."
+LOWER = (
+    "Take smaller batches (--help names the options that say how large they are), fewer --processes where there are "
+    "several, or a smaller model."
+)
 
 
 def from_the_allocator() -> Exception:
@@ -493,8 +496,13 @@ def test_an_interruption_says_what_is_left(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for command, said in ((lambda: end_well(interrupted), GO_ON), (apply.main, "Interrupted. Nothing was written.")):
-        monkeypatch.setattr(apply.tyro, "cli", interrupted)
+    commands = (
+        (lambda: end_well(interrupted), GO_ON),
+        (examine.main, "Interrupted. No page was written."),
+        *((module.main, "Interrupted. Nothing was written.") for module in (apply, overview, nio_schematic)),
+    )
+    monkeypatch.setattr(apply.tyro, "cli", interrupted)
+    for command, said in commands:
         with pytest.raises(SystemExit) as end:
             command()
         assert end.value.code == 130

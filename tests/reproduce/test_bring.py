@@ -488,7 +488,7 @@ def test_a_loader_that_no_seed_fixes_is_told(user):
         from torch.utils.data import DataLoader, TensorDataset
         x, y = torch.randn(220, 5), torch.arange(220) % 3
         class Shuffled(torch.utils.data.Sampler):
-            random = numpy.random.default_rng(0)
+            random = numpy.random.default_rng()
             def __len__(self): return 220
             def __iter__(self): return iter(self.random.permutation(220).tolist())
         def make():
@@ -497,6 +497,10 @@ def test_a_loader_that_no_seed_fixes_is_told(user):
     with pytest.warns(UserWarning, match=rf"compare: the training loader of {name}:make should give the same.*NumPy"):
         data = brought(f"{name}:make")
     assert not data.record["is_repeatable"]
+    assert data.record["sha256_of"].startswith("the kinds of tensors in the first")
+    # a run on it can be resumed, though another process draws other batches
+    with pytest.warns(UserWarning, match="should give the same"):
+        assert brought(f"{name}:make").record["sha256"] == data.record["sha256"]
 
 
 def test_only_batches_of_the_first_size_reach_an_initialiser(user):

@@ -833,6 +833,7 @@ MISTAKES = [
     ("charlm", ("--hidden", "0"), "dimaml_charlm: `hidden` must be a whole number, 1 or more, got 0"),
     ("charlm", ("--length", "0"), "`length` must be a whole number, 1 or more, got 0"),
     ("charlm", ("--dropout", "1"), "`dropout` must lie in [0, 1), got 1.0"),
+    ("charlm", ("--test-characters", "9"), "`test_characters` must be at least two for each of `test_streams`, got 9"),
     ("charlm", ("--test-characters", "0"), "`test_characters` must be a whole number, 1 or more, got 0"),
     ("charlm", ("--learning-rate", "0"), "`learning_rate` must be positive and finite, got 0.0"),
 ]

@@ -717,6 +717,19 @@ def test_weights_are_drawn_by_the_seed_as_apply_draws_them(tmp_path):
 
 
 @pytest.mark.usefixtures("single")
+def test_a_reader_that_is_gone_costs_no_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "print_report", lambda *_: sys.exit(1))  # as rich ends on a closed pipe
+    with pytest.raises(SystemExit):
+        run(
+            Config(
+                model="plain-3-2", data="digits", batch_size=4, derivatives="never", device="cpu", quiet=True,
+                output=tmp_path / "out",
+            )
+        )  # fmt: skip
+    assert {"page.html", "summary.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.usefixtures("single")
 def test_options_of_model_and_method_are_theirs(tmp_path):
     config = Config(
         model="plain-3-2", model_options=("image_size=16",), data="digits", method="gradinit", options=("steps=1",),

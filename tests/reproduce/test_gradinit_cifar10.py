@@ -14,10 +14,10 @@ from torch import nn
 
 from common.types import NotFiniteError
 from data import load_images
-from reproduce import cifar
-from reproduce.cifar import RECIPES, epochs_worth, order_of_work, recipe_of
-from reproduce.gradinit_cifar10 import EXPERIMENT, PRESETS, run
-from reproduce.images import Splits
+from reproduce import cifar, gradinit_cifar10
+from reproduce.cifar import RECIPES, Start, epochs_worth, order_of_work, recipe_of
+from reproduce.gradinit_cifar10 import EXPERIMENT, PRESETS, run, variance_of
+from reproduce.images import Splits, prepare
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of, whole_lines
 
@@ -199,6 +199,18 @@ def test_a_start_too_bad_for_gradinit_is_a_result(tmp_path, monkeypatch):
     assert arms["own init, longer"]["seeds"] == []  # nothing was spent that it could make up for
     assert [c["pairs"] for c in summary["networks"]["resnet-8"]["comparisons"]] == [0, 0, 0]
     assert all(math.isnan(c["difference"]) for c in summary["networks"]["resnet-8"]["comparisons"])
+
+
+def test_the_variance_is_over_as_many_minibatches_as_asked_for_on_few_images_too(monkeypatch):
+    config = replace(PRESETS["smoke"], data="noise", train_images=40, batch_size=32, variance_batches=5)
+    splits = prepare(
+        "noise", data_dir=None, train=40, validation=0, test=20, batch_size=32, device=torch.device("cpu"), caller="t"
+    )
+    monkeypatch.setattr(gradinit_cifar10, "relative_gradient_variance", lambda loss, theta, batches: list(batches))
+    model = torch.nn.Linear(1, 1)
+    drawn = variance_of(model, Start(config, "resnet-8", 0, splits, lambda _: None))
+    assert len(drawn) == 5
+    assert len({x.sum().item() for x, _ in drawn}) == 5  # each pass is drawn anew
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """First order against exact, end to end and in its small parts."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from reproduce.gradinit_exactness import PRESETS, agreement, print_report, run, save_figure, summarise
+from common.types import NotFiniteError
+from data import load_images
+from papers.gradinit import scale_gradients
+from reproduce import gradinit_exactness as module
+from reproduce.gradinit_exactness import PRESETS, agreement, measure, print_report, run, save_figure, summarise
 from tests.reproduce import commands
 from tests.reproduce.commands import records_of
 
@@ -70,6 +75,58 @@ def test_the_summary_keeps_every_seed():
     row = {"comparison": "step", "eta": 0.1, "cosine": 0.5, "same_sign": 0.25, "error": 1.0}
     records = [{"network": "n", "seed": seed, "comparisons": [row | {"cosine": 0.5 + seed}]} for seed in range(2)]
     assert summarise(records)["networks"]["n"]["0.1"]["cosine"] == [0.5, 1.5]
+
+
+def test_an_overflow_is_a_result(monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    config = replace(PRESETS["smoke"], etas=(0.1,))
+    data = load_images("noise", train=64, test=10)
+
+    def failing(*args, exact=False, engine="lazy", **options):
+        if engine == "finite_difference":
+            raise NotFiniteError("scale_gradients: loss and gradient must be finite.")
+        d = scale_gradients(*args, exact=exact, engine=engine, **options)[1]
+        return "objective", {name: slope / (0 if exact else 1) for name, slope in d.items()}, {}
+
+    monkeypatch.setattr(module, "scale_gradients", failing)
+    rows = measure(config, "plain-4-4", 0, data, torch.device("cpu"))
+    assert [math.isfinite(row["error"]) for row in rows] == [False, False]
+    monkeypatch.undo()
+    rows = measure(config, "plain-4-4", 0, data, torch.device("cpu"))
+    assert [math.isfinite(row["error"]) for row in rows] == [True, True]
+
+
+def test_slopes_that_overflow_in_float32_when_squared_are_compared():
+    assert agreement(torch.tensor([1e25, 2e25]), torch.tensor([1e25, 2e25]))["cosine"] == pytest.approx(1.0)
+
+
+def lost(summary: dict, network: str, comparison: str, count: int) -> dict:
+    """Without the numbers of its last seeds."""
+    row = summary["networks"][network][comparison]
+    for key in ("cosine", "same_sign", "error"):
+        del row[key][len(row[key]) - count :]
+    row["not_finite"] = count
+    return summary
+
+
+def test_seeds_that_overflowed_are_left_out_and_told(capsys, tmp_path):
+    row = {"comparison": "step", "eta": 0.1, "cosine": 0.5, "same_sign": 0.25, "error": 1.0}
+    nothing = row | {"cosine": None, "same_sign": None, "error": None}
+    records = [{"network": "n", "seed": seed, "comparisons": [own]} for seed, own in enumerate((row, nothing))]
+    assert summarise(records)["networks"]["n"]["0.1"] == {
+        "cosine": [0.5], "same_sign": [0.25], "error": [1.0], "not_finite": 1
+    }  # fmt: skip
+    summary = lost(lost(summary_of(3), "densenet100", "0.1", 2), "densenet100-bn", "finite difference", 3)
+    print_report(Console(width=80), summary)
+    screen = capsys.readouterr().out
+    assert "densenet100, η = 0.1: not finite with 2 of 3 seeds" in screen
+    assert "densenet100-bn, finite difference: not finite with 3 of 3 seeds" in screen
+    assert "over 3 seeds" in " ".join(screen.split())
+    assert ["densenet100", "100.0", "±", "0.0", "285.0", "±", "0.0", "–", "–"] in [
+        r.split() for r in screen.splitlines()
+    ]
+    assert "nan" not in screen
+    save_figure(tmp_path / "figure.png", lost(lost(summary, "densenet100", "0.1", 1), "densenet100", "0.01", 3))
 
 
 def summary_of(seeds: int, **values: float) -> dict:

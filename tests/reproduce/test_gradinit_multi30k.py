@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -108,6 +109,31 @@ def test_a_run_cut_off_is_resumed_to_the_same_numbers(complete, tmp_path):
     assert whole_lines(metrics) < len(records_of(complete[0]))
     assert run_command(*options).returncode == 0
     assert records_of(folder) == records_of(complete[0])
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "meta_tokens"])
+def test_batches_must_hold_the_longest_pairs_which_is_known_before_any_training(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(module, "compute", None)
+    config = replace(PRESETS["smoke"], data="reversed", output=tmp_path / "run", quiet=True, **{name: 20})
+    with pytest.raises(ValueError, match=rf"gradinit_multi30k, `{name}`: .* 3 of the longest pair.*, got 20\."):
+        run(config)
+
+
+def test_a_run_cut_off_at_its_translations_trains_its_last_interval_alone_again(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    config = replace(
+        PRESETS["smoke"], data="reversed", output=tmp_path / "run", quiet=True, optimizers=("adam",), seeds=1,
+        learning_rates=(1e-3,), updates=6, evaluations=3,
+    )  # fmt: skip
+    monkeypatch.setattr(module, "unigram_loss", lambda *_: math.inf)  # however little it learns, it is translated
+    with mock.patch.object(module, "bleu_of", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert [path.name for path in (tmp_path / "run").glob("*.checkpoint")] == ["adam-0-0-0.001.checkpoint"]
+    with mock.patch.object(module, "endless_batches", wraps=module.endless_batches) as drawn:
+        run(config)
+    assert [call.args[2] for call in drawn.call_args_list][:2] == [2, 0]  # the last of three, then the next arm's first
+    record = next(r for r in records_of(tmp_path / "run") if r["kind"] == "training")
+    assert len(record["history"]) == 3
 
 
 def test_every_run_diverged_is_a_result(tmp_path, capsys):
@@ -242,6 +268,7 @@ def test_no_claim_without_an_interval(low, high, verdict):
         ({"variance_batches": 1}, "`variance_batches` must be at least 2, got 1"),
         ({"optimizers": ()}, "`optimizers` must name one"),
         ({"learning_rates": ()}, "learning rates must be positive, one or more"),
+        ({"warmup": 2.0}, r"`warmup` must lie in \[0, 1\], got 2.0"),
         ({"sgd_learning_rates": (0.1, -1.0)}, "learning rates must be positive"),
     ],
     ids=str,

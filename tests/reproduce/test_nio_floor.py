@@ -238,6 +238,45 @@ def test_records_make_a_figure(tmp_path, seeds):
     assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
 
 
+def without(records: list[dict], *seeds: int) -> list[dict]:
+    """The searches of these seeds failed: of the first by what it left, of the others on their way."""
+    lost = []
+    for record in records:
+        if record["kind"] == "after" and record["seed"] == seeds[0]:
+            last = record["measured"]["held out"][-1] | {"grad_cosine": "nan", "grad_norm": "inf"}
+            record = record | {"measured": record["measured"] | {"held out": [last]}}
+        elif record["kind"] == "after" and record["seed"] in seeds:
+            record = {k: v for k, v in record.items() if k not in ("history", "measured")} | {"failed": "It [grew]."}
+        lost.append(record)
+    return lost
+
+
+def test_searches_that_failed_are_told_and_left_out(capsys, tmp_path):
+    records = without(records_with(0.02, 0.002, seeds=4), 1, 2)
+    summary = summary_of(records)
+    row = summary["networks"]["resnet-8-bn"]["groups"]["released"]
+    assert row["failed"]["gc_gn_sqrt"]["searches"] == 4
+    # 0.017 and 0.023, of the seeds 0 and 3: t(0.975; 1) = 12.7062
+    change = row["objectives"]["gc_gn_sqrt"]["held out"]["grad_cosine_change"]
+    assert change["seeds"] == pytest.approx((0.02 - 12.7062 * 0.003, 0.02 + 12.7062 * 0.003), rel=1e-4)
+    print_report(Console(width=80), summary)
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "released, gc_gn_sqrt: 2 of 4 searches failed. What it left is not finite on every batch" in screen
+    assert "It [grew]." in screen
+    assert "of 4 seeds. After NIO: of the searches that did not fail." in screen
+    assert "nan" not in screen
+    save_figure(tmp_path / "figure.png", records, summary)
+
+
+def test_a_report_stands_where_every_search_failed(capsys, tmp_path):
+    records = without(records_with(0.02, 0.002, seeds=2), 0, 1)
+    summary = summary_of(records)
+    assert summary["networks"]["resnet-8-bn"]["groups"]["released"]["objectives"] == {}
+    print_report(Console(width=80), summary)
+    assert "2 of 2 searches failed" in capsys.readouterr().out
+    save_figure(tmp_path / "figure.png", records, summary)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

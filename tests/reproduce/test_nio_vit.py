@@ -264,6 +264,9 @@ def test_the_summary_pairs_seeds_at_each_rate_and_at_the_best():
     assert against["difference"] == pytest.approx(0.52 - 0.31)
     assert summary["arms"]["default"]["best"] == 1.0
     assert summary["arms"]["default"]["failed_runs"] == 2
+    # what the arm was given, not what was left of it where the first run diverged
+    records[0] |= {"updates": 3, "diverged": True}
+    assert summarise(records, NAMES)["arms"]["default"]["updates"] == records[1]["updates"] > 3
     assert [c["pairs"] for c in summary["at_best"][1:]] == [0, 0, 0]
 
 

@@ -89,6 +89,7 @@ def check_inverse(module):
         floor = cosines_of_made_gradients(groups, 12, 0.0)
         assert module.signal_of(floor, groups) == module.signal_of(floor - 0.1, groups) == 0
         assert module.signal_of(1.0, groups) == math.inf
+        assert math.isnan(module.signal_of(math.nan, groups))
 
 
 CHECKS = [check_table, check_floors, check_expected_cosine, check_inverse]
