@@ -151,9 +151,9 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     console.print(
         f"\nMeans over {batches} batches of {seeds} seed{'s' if seeds > 1 else ''}.{others} GC: mean cosine of two "
         "groups' gradients. floor: GC of orthogonal examples of one length. ρ': the signal that GC stands for, "
-        "squared length of the mean gradient over the variance of an example's. GN: mean norm, κ: largest over smallest. "
-        "Brackets: 95 % t-interval over seeds; it carries the words, or where they say so, the one over all batches. "
-        "Each interval stands by itself: of twenty such words one may be wrong.",
+        "squared length of the mean gradient over the variance of an example's. GN: mean norm, κ: largest over "
+        "smallest. Brackets: 95 % t-interval over seeds; it carries the words, or where they say so, the one over all "
+        "batches. Each interval stands by itself: of twenty such words one may be wrong.",
         style="dim",
     )
 
