@@ -162,9 +162,12 @@ _WORTH_MAPPING = 10_000_000
 def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
     """Whether `contract` is possible, and the faster way.
 
-    It is not where no derivative is asked for, nor under transforms that do not map.
+    It is not where no derivative is asked for, nor under transforms that do not map, nor under autocast, whose casts
+    the derivatives would miss.
     """
     if not (input.ndim == weight.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0):
+        return False
+    if torch.is_autocast_enabled(input.device.type):
         return False
     problems = mapped_problems()
     if problems is None:

@@ -5,7 +5,7 @@ Letters: m multipliers, θ₀ the drawn parameters, d = ∂F/∂m, T steps.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 
@@ -13,10 +13,20 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common.functional import load_parameters_
+from common.functional import check_apart, load_parameters_, unchanged_on_error
 from common.options import check_number, check_positive, check_whole
 from common.precision import check_precision, full_precision
-from common.scales import Bounds, Branch, Patterns, RescaleAdam, bounds_of, check_patterns, kinds_of, scalable_tensors
+from common.scales import (
+    Bounds,
+    Branch,
+    Patterns,
+    RescaleAdam,
+    bounds_of,
+    check_patterns,
+    kinds_of,
+    names_of,
+    scalable_tensors,
+)
 from common.types import InitResult, NotFiniteError, Params
 
 Slopes = Callable[[int, Params, Branch], tuple[Branch, Params, Mapping[str, float | Tensor]]]
@@ -89,9 +99,10 @@ class Descent:
         """`scalable_tensors`, of which there must be one.
 
         Raises:
-            ValueError: None, a pattern that means no parameter, or parameters in a short type.
+            ValueError: None, a pattern that means no parameter, or parameters that share memory or are of a short type.
         """
         check_patterns(model, (*self.include, *self.exclude, *(self.bounds or {})), self.caller)
+        check_apart(model, self.caller)
         tuned, skipped = scalable_tensors(model, include=self.include, exclude=self.exclude)
         if not tuned:
             raise ValueError(
@@ -126,9 +137,16 @@ class Descent:
         tuned, skipped = self.tensors_of(model)
         theta0 = trainable(model)
         device = theta0[tuned[0]].device
-        with full_precision(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with ExitStack() as stack:
+            stack.enter_context(full_precision(device))
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            # which only a loss that calls the model itself, not the one that it is given, can change
+            stack.enter_context(unchanged_on_error(model.buffers()))
             m = torch.ones(len(tuned), device=device, dtype=theta0[tuned[0]].dtype)
-            limits = bounds_of(tuned, kinds_of(model), min_scale=self.min_scale, bounds=self.bounds)
+            names = names_of(model)
+            limits = bounds_of(
+                {name: names[name] for name in tuned}, kinds_of(model), min_scale=self.min_scale, bounds=self.bounds
+            )
             lower, upper = map(m.new_tensor, limits)
             state, branch = self.adam.init(m), "objective"
             entries: list[dict[str, float | Tensor]] = []
@@ -156,8 +174,9 @@ class Descent:
                     "the last step. Likely cause: a second derivative that overflows (start from smaller weights, or "
                     "use float64). The model is unchanged."
                 )
+            result = InitResult(scales, _plain(entries), skipped)
             load_parameters_(model, {name: m[k] * theta0[name] for k, name in enumerate(tuned)})
-        return InitResult(scales, _plain(entries), skipped)
+        return result
 
     def _not_finite(self, t: int, error: NotFiniteError, m: Tensor, tuned: list[str]) -> str:
         """What went wrong at step t: its own numbers, or the multipliers that the step before left."""

@@ -56,14 +56,14 @@ def _layer_norm(
 
 
 def _torch_layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Any,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    return _layer_norm(x, normalized_shape, weight, bias, eps)
+    return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def _is_written_out(
@@ -189,7 +189,7 @@ def _instance_norm(
 
 
 def _torch_instance_norm(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -199,7 +199,7 @@ def _torch_instance_norm(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    return _instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -431,7 +431,7 @@ def _recurrent(kind: str) -> Callable:
             outputs[time] = new[0]
         return (torch.stack(outputs) if sizes is None else torch.cat(outputs)), state
 
-    def run(x, sizes, initial, flat, has_biases, layers, dropout, train, bidirectional):
+    def run(x, sizes, initial, flat, layers, dropout, train, bidirectional):
         directions = 2 if bidirectional else 1
         per = len(flat) // (layers * directions)
         final = []
@@ -448,14 +448,15 @@ def _recurrent(kind: str) -> Callable:
                 x = _dropout(x, dropout)
         return (x, *(torch.stack(parts) for parts in zip(*final, strict=True)))
 
+    # has_biases: what there is of them is in `flat`
     def padded(x, hx, flat, has_biases, layers, dropout, train, bidirectional, batch_first):
         x = x.transpose(0, 1) if batch_first else x
-        y, *final = run(x, None, hx if has_memory else (hx,), flat, has_biases, layers, dropout, train, bidirectional)
+        y, *final = run(x, None, hx if has_memory else (hx,), flat, layers, dropout, train, bidirectional)
         return (y.transpose(0, 1) if batch_first else y, *final)
 
     def packed(x, batch_sizes, hx, flat, has_biases, layers, dropout, train, bidirectional):
         sizes = batch_sizes.tolist()
-        return run(x, sizes, hx if has_memory else (hx,), flat, has_biases, layers, dropout, train, bidirectional)
+        return run(x, sizes, hx if has_memory else (hx,), flat, layers, dropout, train, bidirectional)
 
     def recurrent(x, *args):
         # torch tells its two overloads apart by the type of the fourth argument: weights, or a flag
@@ -480,9 +481,9 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     # the check before the Transformer encoder's inference path, which has no batching rule: nothing is left-aligned
     torch._nested_tensor_from_mask_left_aligned: lambda *_: False,  # pyright: ignore[reportPrivateImportUsage]
     F.dropout: _dropout,
-    torch.dropout: _dropout,
+    torch.dropout: lambda input, p, train: _dropout(input, p, train),
     F.alpha_dropout: _alpha_dropout,
-    torch.alpha_dropout: _alpha_dropout,
+    torch.alpha_dropout: lambda input, p, train: _alpha_dropout(input, p, train),
     torch.rand_like: _like(torch.rand_like),
     torch.randn_like: _like(torch.randn_like),
     F.hardsigmoid: _hardsigmoid,
@@ -527,8 +528,9 @@ def exact_derivatives(order: Literal[2, 3] = 3) -> Iterator[None]:
     backward runs outside any context that surrounds the call.
 
     Args:
-        order: 3 for any order and mode. 2 for at most two reverse-mode derivatives (no vmap, no forward mode), for
-            which layer and instance norm, and batch norm under transforms, may stay torch's own, which are faster.
+        order: 3 for any order and mode. 2 for at most two reverse-mode derivatives (no forward mode, and no vmap
+            inside of them), for which layer and instance norm, and batch norm under transforms, may stay torch's own,
+            which are faster.
 
     A batch norm that was called outside of transforms is not to be differentiated under one that is entered after it.
 

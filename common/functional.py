@@ -137,12 +137,13 @@ def pure_loss(
         them too.
 
     Raises:
-        TypeError: The model is wrapped, quantised, or not yet initialised (lazy).
+        TypeError: The model is wrapped, quantised, or not yet initialised (lazy); a loss of another form.
         ValueError: Unknown `batch_norm`, `dtype` or `order`, or a model that cannot be copied. When called: a name that
             is none of the model's parameters, or statistics of other names than the model's.
         DerivativeError: When called: a layer does what `torch.func` cannot follow, or changes a parameter in place.
     """
     check_bare(model, "pure_loss")
+    check_loss(loss_fn, "pure_loss")
     if batch_norm not in ("batch", "running"):
         raise ValueError(f"pure_loss: `batch_norm` must be 'batch' or 'running', got {batch_norm!r}.")
     if dtype not in (None, torch.float64):
@@ -205,6 +206,7 @@ def tracking_loss(
         (tensor([0.1000]), tensor([1.1000]))
     """
     check_bare(model, "tracking_loss")
+    check_loss(loss_fn, "tracking_loss")
     call = _pure_call(model, loss_fn, "tracked", exact=exact, seed=seed, dtype=None, order=order)
 
     def loss(params: Params, batch: Batch, *, statistics: Params, seed: int | None = seed) -> tuple[Tensor, Params]:
@@ -290,6 +292,15 @@ def _pure_call(
                 stack.enter_context(exact_derivatives(order))
             if dtype is not None:
                 stack.enter_context(in_float64())
+            try:
+                # activation checkpointing: during backward it would find the copy's own tensors, which are put back
+                # below, not those of this call
+                stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_NO_RECOMPUTATION))
+            except RuntimeError as error:
+                raise DerivativeError(
+                    f"{caller}: it must be called outside of saved-tensor hooks, got some around the call "
+                    "(torch.autograd.graph.save_on_cpu, say). Micro-batches bound memory instead."
+                ) from error
             stack.callback(_put, places, {})
             _put(places, state)
             carried = None if statistics is None else stack.enter_context(CarriedStatistics(slots))
@@ -310,6 +321,7 @@ def _pure_call(
 
 
 _SEEDING = threading.RLock()
+_NO_RECOMPUTATION = "saved tensor hooks are off in a pure call: its parameters are gone when activations are recomputed"
 
 
 def _put(places: list[tuple[dict, str, Tensor]], state: dict[int, Tensor]) -> None:
@@ -375,6 +387,9 @@ def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *
                 # Without buffers there is nothing to update in place, which torch.func would refuse.
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
+        if isinstance(module, nn.RNNBase):
+            # cuDNN's layout of the weights: `exact` needs none, and their addresses have none under torch.func
+            module.flatten_parameters = lambda: None
         # Training moves the power iteration, a step that is not differentiated: derivatives would not be the loss's.
         if isinstance(module, _SpectralNorm):
             module.eval()
@@ -421,12 +436,13 @@ def check_bare(model: nn.Module, caller: str) -> None:
                 f"{caller}: `model` must not be quantised, got {type(module).__name__}{where}. "
                 "Initialise the float model and quantise afterwards."
             )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise TypeError(
-                f"{caller}: `model` must have its shapes, got the uninitialised parameter {name!r} of a lazy module. "
-                "Run one forward pass first."
-            )
+    for what, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, leaf in tensors:
+            if is_lazy(leaf):
+                raise TypeError(
+                    f"{caller}: `model` must have its shapes, got the uninitialised {what} {name!r} of a lazy module. "
+                    "Run one forward pass first."
+                )
     sharded = [
         name for name, p in model.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "full_tensor")
     ]
@@ -437,15 +453,57 @@ def check_bare(model: nn.Module, caller: str) -> None:
         )
 
 
+def check_loss(loss_fn: object, caller: str) -> None:
+    """A function of model and batch: the slips are a criterion of torch's, and batches in its place."""
+    if isinstance(loss_fn, nn.modules.loss._Loss):
+        name = type(loss_fn).__name__
+        raise TypeError(
+            f"{caller}: `loss_fn` must be a function of model and batch, got {name}, a function of outputs and labels. "
+            "Pass `lambda model, batch: criterion(model(batch[0]), batch[1])`."
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"{caller}: `loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}. Batches come "
+            "after it, or by name: `batches=...`."
+        )
+
+
+def check_apart(model: nn.Module, caller: str) -> None:
+    """Trainable parameters must not overlap in memory: two that share it are tied without torch's knowledge.
+
+    Neighbours in one piece of memory, as cuDNN and optimizers lay weights out, do not.
+    """
+    by_memory: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, leaf in model.named_parameters():
+        if leaf.requires_grad and not leaf.is_meta and leaf.numel():
+            by_memory.setdefault(leaf.untyped_storage().data_ptr(), []).append((name, leaf.detach()))
+    for neighbours in by_memory.values():
+        owner: dict[str, Tensor] = {}
+        for name, leaf in neighbours if len(neighbours) > 1 else ():
+            # which bytes are whose: exact for interleaved views too
+            taken = torch.zeros(leaf.untyped_storage().nbytes() // leaf.element_size(), dtype=torch.bool)
+            shape = [size if stride else 1 for size, stride in zip(leaf.shape, leaf.stride(), strict=True)]
+            taken.as_strided(shape, leaf.stride(), leaf.storage_offset()).fill_(True)
+            for other, others in owner.items():
+                if len(others) == len(taken) and (taken & others).any():
+                    raise ValueError(
+                        f"{caller}: parameters must not share memory, got {other!r} and {name!r}. To tie them assign "
+                        "one nn.Parameter to both names; to keep them apart clone one."
+                    )
+            owner[name] = taken
+
+
 def check_devices(model: nn.Module, batch: Batch, caller: str) -> None:
     """The model's parameters and every tensor of the batch must be on one device."""
     devices = {p.device for p in model.parameters()}
     for leaf in tensors_of(batch):
         if leaf.device not in devices:
             where = ", ".join(sorted(map(str, devices)))
+            is_list = leaf.ndim == 1 and not leaf.is_floating_point()
             raise ValueError(
                 f"{caller}: the batch must be on the model's device ({where}), got a tensor on {leaf.device}. "
-                "Move one of them with `.to(device)`."
+                "Move one of them with `.to(device)`"
+                + (", and lengths that torch wants on the CPU back by `.cpu()` in `loss_fn`." if is_list else ".")
             )
 
 
@@ -537,7 +595,7 @@ def _first_to_differ(model: nn.Module, loss_fn: UserLoss, batch: Batch, batch_no
     for (name, first), (_, second) in zip(*outputs, strict=False):
         if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)):
             return name
-    return "the loss function"
+    return "the loss function, or a model that it calls in the place of the one that it is given,"
 
 
 def logits_of(model: nn.Module, x: Tensor, caller: str, batch_norm: BatchNormMode) -> Tensor:
@@ -581,5 +639,6 @@ def check_labels(y: Tensor, classes: int, caller: str) -> None:
     if low < 0 or high >= classes:
         raise ValueError(
             f"{caller}: labels must lie in 0 … {classes - 1} for a model with {classes} outputs, got labels from "
-            f"{low} to {high}. Check the model's number of classes, or the labels."
+            f"{low} to {high}. Check the model's number of classes, or the labels. Labels that are to be ignored need "
+            "a `loss_fn` of your own."
         )

@@ -19,7 +19,7 @@ one is initialised once.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, runtime_checkable
 
@@ -64,8 +64,8 @@ def _all_or_nothing(
 
     @wraps(initialise)
     def whole(model: nn.Module, *args: Arguments.args, **options: Arguments.kwargs) -> None:
-        lazy = any(map(is_lazy, model.parameters()))  # which are refused, and have no values
-        with nullcontext() if lazy else unchanged_on_error(model.parameters()):
+        # lazy ones are refused, and have no values
+        with unchanged_on_error(leaf for leaf in model.parameters() if not is_lazy(leaf)):
             initialise(model, *args, **options)
 
     return whole
@@ -112,11 +112,11 @@ def weight_layers(model: nn.Module, *, caller: str = "weight_layers") -> list[We
     """
     found: dict[int, Weight] = {}
     for path, layer in model.named_modules():
-        if not isinstance(layer, (*WEIGHT_LAYERS, *EMBEDDINGS)):
-            continue
         own = dict(layer.named_parameters(path, recurse=False))
+        lazy = any(map(is_lazy, own.values()))  # a normalisation's too
+        if not (lazy or isinstance(layer, (*WEIGHT_LAYERS, *EMBEDDINGS))):
+            continue
         matrices = {name: p for name, p in own.items() if "weight" in name.rpartition(".")[2]}
-        lazy = any(nn.parameter.is_lazy(p) for p in matrices.values())
         computed = hasattr(layer, "parametrizations") or any(name.endswith(("_g", "_v", "_orig")) for name in matrices)
         if lazy or computed:
             raise ValueError(
@@ -166,7 +166,7 @@ def _shifts_and_gains(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
 
 
 def _fans(W: Tensor) -> tuple[int, int]:
-    taps = W[0, 0].numel()
+    taps = math.prod(W.shape[2:])
     return W.shape[1] * taps, W.shape[0] * taps
 
 
@@ -186,6 +186,8 @@ def _fill_(
         if isinstance(weight.layer, EMBEDDINGS):
             fill = embedding_rule or _normal(1.0, generator)
         for matrix in _matrices(weight):
+            if matrix.numel() == 0:  # of a layer without inputs, say
+                continue
             # Contiguous, whatever the view, and where the generator is.
             new = torch.empty(matrix.shape, dtype=matrix.dtype, device=generator.device)
             fill(new, weight.layer)
@@ -271,10 +273,12 @@ def torch_default_(model: nn.Module, *, generator: torch.Generator) -> None:
     def draw(old: Tensor, fill: Callable[[Tensor], Any]) -> None:
         if old not in pending:
             pending[old] = torch.empty(old.shape, dtype=old.dtype, device=generator.device)
-            fill(pending[old])
+            if old.numel():
+                fill(pending[old])
 
     for _, W, layer in weight_layers(model, caller="torch_default_"):
-        bound = 1 / math.sqrt(int(layer.hidden_size) if isinstance(layer, RECURRENT) else _fans(W)[0])
+        fan = int(layer.hidden_size) if isinstance(layer, RECURRENT) else _fans(W)[0]
+        bound = 1 / math.sqrt(fan) if fan else 0.0
         uniform = partial(nn.init.uniform_, a=-bound, b=bound, generator=generator)
         if isinstance(layer, EMBEDDINGS):
             draw(W, partial(nn.init.normal_, generator=generator))

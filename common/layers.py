@@ -186,7 +186,7 @@ def fan_in(layer: nn.Module, W: Tensor) -> int | None:
     if isinstance(layer, CONVOLUTIONS):
         return W[0].numel()
     if isinstance(layer, TRANSPOSED):
-        return W.shape[0] * W[0, 0].numel() // layer.groups
+        return W.shape[0] * math.prod(W.shape[2:]) // layer.groups
     kind = kinds_of(layer).get("weight")
     if W.ndim == 2 and (kind == "linear" or isinstance(layer, WEIGHT_LAYERS)):
         # transformers' Conv1D holds its matrix the other way round
@@ -289,6 +289,10 @@ class _Watch:
     channel: int = -1  # the dimension of units
     last: _Seen = field(default_factory=lambda: _Seen("", ""))  # the activation that runs
 
+    def of(self, name: str, layer: nn.Module) -> list[_Seen]:
+        """What was seen of a layer; of an activation with parameters, wherever it stands."""
+        return [seen for key, seen in self.seen.items() if key[0] == name and _tells_of(key, layer)]
+
     @contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
         layers = layers_of(model)
@@ -314,7 +318,7 @@ class _Watch:
     def _end(self, name: str, is_layer: bool, module: nn.Module, inputs: Any, output: Any) -> None:
         self.running.pop()
         outputs = [leaf for leaf in tensors_of(output) if leaf.is_floating_point()]
-        if is_activation(module):
+        if is_activation(module):  # one with parameters, such as PReLU, is a layer in `_rows`
             self.inside -= 1
             if self.inside == 0 and outputs:
                 self.last.add(outputs[0])
@@ -365,6 +369,11 @@ class _Watch:
         return values.movedim(self.channel, -1).flatten(0, -2)
 
 
+def _tells_of(key: tuple, layer: nn.Module) -> bool:
+    """Whether what was seen is the layer's own, not of an activation function that it calls."""
+    return len(key) == 1 or is_activation(layer)
+
+
 class _Functions(TorchFunctionMode):
     """Tells of every activation function that is called outside of an activation module."""
 
@@ -384,11 +393,13 @@ def _rows(model: nn.Module, watch: _Watch, gradients: dict[str, Tensor | None]) 
     first = {id(p): name for name, p in model.named_parameters()}
     layers = layers_of(model)
     for name, layer in layers.items():
-        watch.seen.setdefault((name,), _Seen(name or "model", type(layer).__name__))
+        if not watch.of(name, layer):
+            watch.seen[(name,)] = _Seen(name or "model", type(layer).__name__)
     rows: list[dict[str, Any]] = []
     taken: set[str] = set()
     for key, seen in watch.seen.items():
-        seen.layer = layers.get(key[0]) if len(key) == 1 else None
+        layer = layers.get(key[0])
+        seen.layer = layer if layer is not None and _tells_of(key, layer) else None
         row = seen.row()
         if seen.layer is not None:
             own = [gradients.get(first[id(p)]) for p in seen.layer.parameters()]
@@ -410,15 +421,17 @@ def _unique(seen: _Seen, taken: set[str]) -> str:
 
 def _without_gradient(model: nn.Module, watch: _Watch, gradients: dict[str, Tensor | None]) -> dict[str, str]:
     found: dict[str, str] = {}
-    owners = {id(p): name for name, layer in reversed(layers_of(model).items()) for p in layer.parameters()}
+    layers = layers_of(model)
+    owners = {id(p): name for name, layer in reversed(layers.items()) for p in layer.parameters()}
     parameters = dict(model.named_parameters())
     for name, gradient in gradients.items():
         owner = owners.get(id(parameters[name]))
-        if gradient is None and owner is None:
+        if gradient is not None:
+            if not gradient.any():
+                found[name] = "zero"
+        elif owner is None:
             found[name] = "no path"
-        elif gradient is None:
-            arrives = watch.seen[(owner,)].gradient is not None
+        else:
+            arrives = any(seen.gradient is not None for seen in watch.of(owner, layers[owner]))
             found[name] = "detached" if owner in watch.called and not arrives else "unused"
-        elif not gradient.any():
-            found[name] = "zero"
     return found

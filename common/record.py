@@ -72,7 +72,7 @@ class Run:
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial, dict(metadata))
         except SafetensorError as error:
             raise OSError(f"Run.save_tensors: {partial} must be writable, got: {error}. Is the disk full?") from error
-        partial.replace(self.folder / f"{name}.safetensors")
+        put_in_place(partial, self.folder / f"{name}.safetensors")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: from here on the run reads as complete."""
@@ -164,6 +164,13 @@ def write_environment(run: Run, data: Mapping[str, Any], device: torch.device) -
     last = begun.get("resumed", [begun])[-1]
     if any(last.get(name) != value for name, value in now.items()):
         _write_json(path, begun | {"resumed": [*begun.get("resumed", []), now]})
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a file that was written beside; on disk first, so that one of both is whole after a power cut too."""
+    with partial.open("r+b") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def as_recorded(value: float) -> float | str:
@@ -321,7 +328,7 @@ def _write_json(path: Path, value: Any) -> None:
     """Written beside and renamed: whole or absent."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(_plain(value), indent=2) + "\n", "utf-8")
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def _plain(value: Any) -> Any:

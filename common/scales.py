@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.functional import parameters_of
 from common.tree import tree_norms
 from common.types import Params
 
@@ -62,9 +61,19 @@ def _kind_of(module: nn.Module) -> Kind:
     )
 
 
-def matches(name: str, kind: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter is meant by any of the patterns."""
-    return any(kind == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+def names_of(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of each parameter, several where it is tied, by its first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[first[id(parameter)]].append(name)
+    return names
+
+
+def matches(names: Iterable[str], kind: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter of these names is meant by any of the patterns."""
+    names = tuple(names)
+    return any(kind == pattern or any(fnmatchcase(name, pattern) for name in names) for pattern in patterns)
 
 
 def scalable_tensors(
@@ -78,14 +87,16 @@ def scalable_tensors(
     Raises:
         ValueError: A pattern that means no parameter.
     """
-    kinds = kinds_of(model)
+    kinds, names = kinds_of(model), names_of(model)
     check_patterns(model, (*include, *exclude), "scalable_tensors")
-    norms = dict(zip(kinds, tree_norms(parameters_of(model)).tolist(), strict=True)) if kinds else {}
+    # a frozen one need not be of a type that has a norm, nor on the device of the others
+    moving = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    norms = dict(zip(moving, tree_norms(moving).tolist(), strict=True)) if moving else {}
     skipped = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+    for name in kinds:
+        if name not in moving:
             skipped[name] = "frozen: requires_grad is False"
-        elif not matches(name, kinds[name], include) or matches(name, kinds[name], exclude):
+        elif not matches(names[name], kinds[name], include) or matches(names[name], kinds[name], exclude):
             skipped[name] = "left out by `include` and `exclude`"
         elif norms[name] == 0:
             skipped[name] = "its norm is zero"
@@ -96,9 +107,9 @@ def scalable_tensors(
 
 def check_patterns(model: nn.Module, patterns: Patterns, caller: str) -> None:
     """Every pattern must mean a parameter: one that means none is a slip."""
-    kinds = kinds_of(model)
+    kinds, names = kinds_of(model), names_of(model)
     for pattern in patterns:
-        if pattern != "*" and not any(matches(name, kind, [pattern]) for name, kind in kinds.items()):
+        if pattern != "*" and not any(matches(names[name], kind, [pattern]) for name, kind in kinds.items()):
             raise ValueError(
                 f"{caller}: a pattern must mean at least one parameter, got {pattern!r}. Patterns are a kind "
                 f"({', '.join(sorted(set(kinds.values())))}) or names with wildcards, as {next(iter(kinds), '*')!r}."
@@ -110,14 +121,21 @@ Bounds = Mapping[str, tuple[float, float]]
 
 
 def bounds_of(
-    names: Sequence[str], kinds: Mapping[str, str], *, min_scale: float, bounds: Bounds | None = None
+    names: Mapping[str, Sequence[str]], kinds: Mapping[str, str], *, min_scale: float, bounds: Bounds | None = None
 ) -> tuple[list[float], list[float]]:
-    """Smallest and largest multiplier of each tensor: `min_scale` for weights and gains, 0 for biases, unless told."""
+    """Smallest and largest multiplier of each tensor: `min_scale` for weights and gains, 0 for biases, unless told.
+
+    Args:
+        names: Every name of each tensor, by its first.
+        kinds: By first name.
+        min_scale: Of what is no bias.
+        bounds: What is told.
+    """
     lower, upper = [], []
-    for name in names:
+    for name, every in names.items():
         own = (0.0 if kinds[name] == "bias" else min_scale, float("inf"))
         for pattern, given in (bounds or {}).items():
-            own = given if matches(name, kinds[name], [pattern]) else own
+            own = given if matches(every, kinds[name], [pattern]) else own
         lower.append(own[0])
         upper.append(own[1])
     return lower, upper

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.functional import in_evaluation_mode
 from common.options import check_choice, check_number, check_whole
+from common.record import put_in_place
 from common.types import Batch, UserLoss
 
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -244,7 +245,7 @@ def _save(
         torch.save(state, partial)
     except RuntimeError as error:  # torch has no type of its own for a file that it cannot write
         raise OSError(f"train: the checkpoint {path} must be writable, got: {error} Is the disk full?") from error
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def _resume(
@@ -267,8 +268,8 @@ def _resume(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
-        if torch.cuda.is_available() and state["cuda_random"]:
-            torch.cuda.set_rng_state_all(state["cuda_random"])
+        if torch.cuda.is_available():  # with fewer GPUs than it was written on, perhaps
+            torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
         return state["history"]
     except Exception as error:
         raise _not_ours(path, error) from error

@@ -12,6 +12,7 @@ Letters: s state, x inputs, t steps made, N all of them, m interval between kept
 λ adjoint, K steps that are differentiated.
 """
 
+import dis
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -391,6 +392,11 @@ def _check_state(leaves: list[Any], state: State) -> None:
     if odd or not leaves:
         got = type(odd[0]).__name__ if odd else repr(state)
         raise TypeError(f"unroll: `state` must be a pytree of tensors alone, got {got}. Make numbers tensors.")
+    if any(leaf.is_complex() for leaf in leaves):
+        raise TypeError(
+            "unroll: tensors of `state` must be real, got a complex one, which would silently get no gradient. Carry "
+            "`torch.view_as_real` of it."
+        )
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if any(functorch.is_functorch_wrapped_tensor(leaf) for leaf in leaves):
         raise TypeError(
@@ -457,7 +463,8 @@ def _held(holder: Any, deep: bool) -> Iterator[tuple[str, Any]]:
         arguments = code.co_varnames[: code.co_argcount]
         yield from ((f"the default of {k!r}", v) for k, v in zip(arguments[::-1], defaults[::-1], strict=False))
         yield from ((f"the default of {k!r}", v) for k, v in (holder.__kwdefaults__ or {}).items())
-        for name in code.co_names:
+        # not all of `co_names`, in which attributes stand too
+        for name in {i.argval: None for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}:
             value = holder.__globals__.get(name)
             if isinstance(value, (Tensor, dict, list, tuple)):
                 yield f"the global {name!r}", value

@@ -29,13 +29,16 @@ from common.derivatives import check_differentiable, tape
 from common.descent import trainable
 from common.functional import (
     BatchNormMode,
+    check_apart,
     check_bare,
     check_first_batch,
+    check_loss,
     check_next_batch,
     classification_loss,
     logits_of,
     pure_loss,
     tracking_loss,
+    unchanged_on_error,
 )
 from common.guard import naming_the_layer
 from common.optimizers import Adam, Optimizer, OptimizerState, adam, clip_norm, sgd
@@ -95,6 +98,21 @@ def released_inner(name: str, model: nn.Module) -> Optimizer:
         return adam(1e-3)
     scalars = tuple((key, 0.1) for key, leaf in model.named_parameters() if leaf.numel() == 1)
     return sgd(0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, lr_factors=scalars)
+
+
+def _tensors_with_law(model: nn.Module, laws: InitDistribution) -> list[str]:
+    """By name: what is learned of.
+
+    Raises:
+        ValueError: None, as all that have a law are frozen; or a law of a name that the model does not have.
+    """
+    names = list(laws.sample(model, torch.Generator()))
+    if not names:
+        raise ValueError(
+            "dimaml: a trainable tensor must have a law, got laws of frozen ones alone. Set `requires_grad` of those "
+            "that are to be learned, or start from laws of others."
+        )
+    return names
 
 
 def _checked_inner(inner: object, model: nn.Module) -> Optimizer:
@@ -187,7 +205,7 @@ def dimaml(
         pieces: K of PLIF.
         start: Laws to start from by kind, name pattern or key, see `InitDistribution.from_model`; or all of them as an
             `InitDistribution`, which `family`, `pieces`, `include` and `exclude` then do not change.
-        include: Kinds ("conv", "linear", "bias", "embedding", "norm", "other") or name patterns that get a law.
+        include: Kinds ("conv", "linear", "bias", "embedding", "norm", "other"), name patterns or keys with a law.
         exclude: Those that get none.
         meta_lr: Of ψ; None: 1e-4 for Normal and 1e-3 for PLIF. It is what μ and σ move by in a step.
         betas: Of the meta-Adam.
@@ -239,6 +257,8 @@ def dimaml(
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     check_bare(model, "dimaml")
+    check_loss(loss_fn, "dimaml")
+    check_apart(model, "dimaml")
     V = evaluation_steps(inner_steps, eval_every, first_evaluation)
     check_choice("dimaml", "variant", variant, ("paper", "released"))
     _check_options(meta_steps, tasks, draws, patience, checkpoint_every, clip, truncate, clip_adjoint, keep_every)
@@ -260,6 +280,7 @@ def dimaml(
             model, family, pieces=pieces, start=start, include=include, exclude=exclude, variant=variant
         )
     )
+    with_law = _tensors_with_law(model, laws)
     if meta_lr is None:
         meta = replace(meta, lr=min(META_LR[law.kind] for law in laws.families.values()))
     check_choice("dimaml", "batch_norm", batch_norm, tuple(_MODES))
@@ -272,7 +293,7 @@ def dimaml(
         held_out_loss=make(batch_norm=in_evaluation),
         stream=_stream(task_sampler, generator),
         counts=(inner_steps, len(V)),
-        with_law=list(laws.sample(model, torch.Generator())),  # whose names must be the model's
+        with_law=with_law,
         batch_norm=batch_norm,
         exact=exact_kernels,
         first_order=first_order,
@@ -328,6 +349,8 @@ def dimaml(
     with ExitStack() as stack:
         stack.enter_context(full_precision(device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        # which only a loss that calls the model itself, not the one that it is given, can change
+        stack.enter_context(unchanged_on_error(model.buffers()))
         if state.history:
             source.go_on_after(state.seeds, generator, skip=not callable(task_sampler))
         bar = stack.enter_context(Progress(transient=True)) if progress else None

@@ -223,7 +223,8 @@ class PLIF:
 
         Args:
             icdf: Quantile function, of a float64 tensor of values in (0, 1): `torch.special.ndtri`,
-                `scipy.stats.laplace.ppf`, or `lambda u: torch.quantile(t, u)` for a tensor's own law.
+                `scipy.stats.laplace.ppf`, or, for a tensor's own law,
+                `lambda u: torch.quantile(t.double().cpu(), u)`.
             pieces: K.
             tail: e in [0, 1/2), what is cut off at each end.
             scale: sp(r), a factor.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.functional import check_bare, load_parameters_
 from common.initializers import CONVOLUTIONS, RECURRENT, TRANSPOSED
 from common.options import check_choice, check_whole
-from common.scales import Patterns, kinds_of, matches
+from common.scales import Patterns, kinds_of, matches, names_of
 from common.types import InitResult, NotFiniteError, Params
 from papers.dimaml.distributions import PLIF, Family, Normal, Rule, Variant, lacking_spread
 from papers.dimaml.files import read_distribution, write_distribution
@@ -100,7 +100,7 @@ class InitDistribution:
                 `variant` is "released".
             start: Laws, or functions of a tensor's values, by kind ("embedding"), name pattern or key; the last that
                 means a tensor counts, before any other rule but that of frozen tensors, `include` and `exclude`.
-            include: Kinds ("conv", "linear", "bias", "embedding", "norm", "other") or name patterns that get a law.
+            include: Kinds ("conv", "linear", "bias", "embedding", "norm", "other"), name patterns or keys with a law.
             exclude: Those that get none.
             variant: "released": see `PLIF.from_tensor` and `known_bounds`.
 
@@ -128,7 +128,7 @@ class InitDistribution:
         for block in plan:
             name, kind = block.name, kinds[block.name]
             told = [value for pattern, value in start.items() if _means(pattern, block, kind)]
-            left_out = not matches(name, kind, include) or matches(name, kind, exclude)
+            left_out = not any(_means(p, block, kind) for p in include) or any(_means(p, block, kind) for p in exclude)
             values = block.values()
             if not block.parameter.requires_grad:
                 skipped[block.key] = "frozen: requires_grad is False"
@@ -308,18 +308,27 @@ class Block(NamedTuple):
     """A tensor that is drawn from one law: a parameter, or the rows of one gate in it.
 
     Attributes:
-        name: The parameter's first name.
-        keys: What its law may be called: its name and gate, under every name of a tied parameter, the first first.
+        names: Every name of the parameter, several where it is tied, the first first.
+        gate: Which, if it is one.
         parameter: The whole parameter.
         rows: The gate's rows; None: all.
         padding: The row of an embedding that stays as it is.
     """
 
-    name: str
-    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    gate: str | None
     parameter: Tensor
     rows: slice | None
     padding: int | None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What its law may be called."""
+        return self.names if self.gate is None else tuple(f"{name}[{self.gate}]" for name in self.names)
 
     @property
     def key(self) -> str:
@@ -347,9 +356,7 @@ class Block(NamedTuple):
 
 def blocks_of(model: nn.Module) -> list[Block]:
     """All parameters of a model as the blocks that are drawn by themselves, a tied one once, in order."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    names = names_of(model)
     paddings = {
         id(layer.weight): layer.padding_idx
         for layer in model.modules()
@@ -357,14 +364,13 @@ def blocks_of(model: nn.Module) -> list[Block]:
     }
     blocks = []
     for name, parameter in model.named_parameters():
-        known_as, padding = names[id(parameter)], paddings.get(id(parameter))
+        known_as, padding = tuple(names[name]), paddings.get(id(parameter))
         gates = _gates_of(model, name)
         if not gates:
-            blocks.append(Block(name, tuple(known_as), parameter, None, padding))
+            blocks.append(Block(known_as, None, parameter, None, padding))
         h = len(parameter) // len(gates) if gates else 0
         for g, gate in enumerate(gates):
-            keys = tuple(f"{known}[{gate}]" for known in known_as)
-            blocks.append(Block(name, keys, parameter, slice(g * h, (g + 1) * h), padding))
+            blocks.append(Block(known_as, gate, parameter, slice(g * h, (g + 1) * h), padding))
     return blocks
 
 
@@ -424,7 +430,7 @@ def _started(caller: str, block: Block, start: Start, values: Tensor) -> Family:
 
 
 def _means(pattern: str, block: Block, kind: str) -> bool:
-    return pattern in block.keys or matches(block.name, kind, [pattern])
+    return pattern in block.keys or matches(block.names, kind, [pattern])
 
 
 def _check_patterns(caller: str, patterns: Patterns, kinds: Mapping[str, str], plan: list[Block]) -> None:

@@ -17,6 +17,7 @@ from common.functional import (
     BatchNormMode,
     check_bare,
     check_first_batch,
+    check_loss,
     check_next_batch,
     classification_loss,
     pure_loss,
@@ -127,6 +128,7 @@ def gradinit(
         Zhu et al. 2021, Algorithm 1.
     """
     check_bare(model, "gradinit")
+    check_loss(loss_fn, "gradinit")
     include, exclude = ((given,) if isinstance(given, str) else given for given in (include, exclude))
     descent = Descent(
         caller="gradinit",
@@ -178,7 +180,8 @@ def gradinit(
                     expected=last,  # the last branch is a good forecast
                     look_ahead=look_ahead,
                 )
-                if not proven and (exact or branch == "constraint"):  # for its graph is as large as the constraint's
+                # not before it is needed, for its graph is as large as the constraint's; a sign's derivative is zero
+                if not proven and ((exact and step != "adam") or branch == "constraint"):
                     check_differentiable(loss, theta0, batch, "gradinit")
                     proven = True
         except DerivativeError as error:

@@ -8,7 +8,8 @@ Source: Dauphin & Schoenholz, NeurIPS 2019, Figure 2.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,13 +21,16 @@ from common.batches import count_examples, endless
 from common.derivatives import check_differentiable, micro_batches
 from common.functional import (
     BatchNormMode,
+    check_apart,
     check_bare,
     check_first_batch,
+    check_loss,
     check_next_batch,
     classification_loss,
     load_parameters_,
     logits_of,
     pure_loss,
+    unchanged_on_error,
     uses_batch_statistics,
 )
 from common.guard import naming_the_layer
@@ -205,9 +209,10 @@ def metainit(
         *before* the step's update) and `skipped`.
 
     Raises:
-        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); an option of another type.
-        ValueError: An option out of range; nothing to tune; batches that do not fit the model or end too soon; with
-            `micro_batch_size` a loss that is no mean over examples.
+        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a loss of another form; an option of
+            another type.
+        ValueError: An option out of range; nothing to tune, or parameters that share memory; batches that do not fit
+            the model or end too soon; with `micro_batch_size` a loss that is no mean over examples.
         NotFiniteError: A loss, quotient or meta-gradient that is not finite, with the step at which it happened (a
             ValueError too).
         DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
@@ -222,6 +227,7 @@ def metainit(
         Dauphin & Schoenholz 2019, Figure 2.
     """
     check_bare(model, "metainit")
+    check_loss(loss_fn, "metainit")
     _check_options(steps, lr, momentum, epsilon, form, eta, update, minimum_ratio, micro_batch_size, batch_size)
     if batches is not None and (input_shape is not None or num_classes is not None):
         raise ValueError(
@@ -238,11 +244,16 @@ def metainit(
             "metainit: `model` must have a trainable tensor of two or more dimensions with a non-zero, finite norm, "
             f"got none{': ' + '; '.join(f'{name}, {why}' for name, why in skipped.items()) if skipped else ''}."
         )
+    check_apart(model, "metainit")
     theta0 = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     check_precision(theta0, "metainit")
     device = theta0[tuned[0]].device
     cuda_devices = [device] if device.type == "cuda" else []
-    with full_precision(device), torch.random.fork_rng(cuda_devices):  # a DataLoader draws from the global generator
+    with ExitStack() as stack:
+        stack.enter_context(full_precision(device))
+        stack.enter_context(torch.random.fork_rng(cuda_devices))  # a DataLoader draws from the global generator
+        # which only a loss that calls the model itself, not the one that it is given, can change
+        stack.enter_context(unchanged_on_error(model.buffers()))
         if batches is None:
             batches = _default_noise(model, loss_fn, input_shape, num_classes, batch_size, generator, batch_norm)
         stream = endless(batches, "metainit")
@@ -253,9 +264,13 @@ def metainit(
         loss = pure_loss(model, loss_fn, batch_norm=batch_norm, exact=exact)
         if micro_batch_size is not None:
             _check_mean(loss, first, micro_batch_size)
-        with naming_the_layer(model, loss_fn, first, "metainit", batch_norm=batch_norm, exact=exact):
+        order: Literal[2, 3] = 3 if form == "taylor" else 2
+        naming = partial(
+            naming_the_layer, model, loss_fn, caller="metainit", batch_norm=batch_norm, exact=exact, order=order
+        )
+        with naming(first):
             piece = next(micro_batches(first, micro_batch_size))[1]
-            check_differentiable(loss, theta0, piece, "metainit", order=3 if form == "taylor" else 2)
+            check_differentiable(loss, theta0, piece, "metainit", order=order)
 
         n0 = tree_norms(theta0, tuned)
         nu, m = n0.clone(), torch.zeros_like(n0)  # ν_l = ±n_l, negative once a norm has crossed zero (Figure 2 lets it)
@@ -265,7 +280,7 @@ def metainit(
             for t, batch in enumerate(itertools.islice(itertools.chain([first], stream), steps), start=1):
                 check_next_batch(model, batch, classes, "metainit")
                 theta = _rescaled(theta0, tuned, nu / n0)
-                with naming_the_layer(model, loss_fn, batch, "metainit", batch_norm=batch_norm, exact=exact):
+                with naming(batch):
                     G, metrics = meta_gradient(
                         loss,
                         theta,
@@ -291,7 +306,7 @@ def metainit(
                 metrics["sign_flips"] = (n < 0).sum()
                 history.append(_to_host(t, metrics, slopes, tuned) | {"lr": lr_t})  # all numbers in one transfer
                 if on_step is not None:
-                    on_step(history[-1])
+                    on_step(dict(history[-1]))
                 if bar is not None and task is not None:
                     quotient = history[-1]["gradient_quotient"]
                     bar.update(task, advance=1, description=f"MetaInit  GQ {quotient:.3g}")
@@ -367,6 +382,13 @@ def _default_noise(
             "metainit: without `batches`, `input_shape` (one example's shape) must be given and `loss_fn` left at its "
             f"default, got input_shape={input_shape}. Pass one of the two."
         )
+    if not (isinstance(input_shape, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in input_shape)):
+        raise TypeError(
+            "metainit: `input_shape` must be a tuple of positive whole numbers, as in (3, 32, 32), got "
+            f"{input_shape!r}."
+        )
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise TypeError(f"metainit: `generator` must be a torch.Generator, got {generator!r}.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     if num_classes is None:

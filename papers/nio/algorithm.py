@@ -21,6 +21,7 @@ from common.functional import (
     BatchNormMode,
     check_bare,
     check_first_batch,
+    check_loss,
     check_next_batch,
     classification_loss,
     pure_loss,
@@ -28,7 +29,7 @@ from common.functional import (
 )
 from common.guard import naming_the_layer
 from common.options import check_choice, check_number, check_positive, check_whole
-from common.scales import Bounds, Branch, Patterns, RescaleAdam, check_patterns, kinds_of, matches
+from common.scales import Bounds, Branch, Patterns, RescaleAdam, check_patterns, kinds_of, matches, names_of
 from common.types import Batch, InitResult, Params, PureLoss, UserLoss
 from papers.nio.batching import Rule, grad_cosine_floor, windows
 from papers.nio.objective import OBJECTIVES, Coupling, Objective, scale_gradients
@@ -142,6 +143,7 @@ def nio(
         Yang et al. 2022, Algorithm 3.
     """
     check_bare(model, "nio")
+    check_loss(loss_fn, "nio")
     include, exclude = ((given,) if isinstance(given, str) else given for given in (include, exclude))
     descent = Descent(
         caller="nio",
@@ -328,7 +330,7 @@ def gradient_tensors(model: nn.Module, wanted: Patterns | str) -> list[str]:
     else:
         patterns = (wanted,) if isinstance(wanted, str) else wanted
         check_patterns(model, patterns, "nio")
-        chosen = {name for name, kind in kinds.items() if matches(name, kind, patterns)}
+        chosen = {name for name, every in names_of(model).items() if matches(every, kinds[name], patterns)}
     names = [name for name in trainable(model) if name in chosen]
     if not trainable(model):
         raise ValueError(

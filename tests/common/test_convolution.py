@@ -1,5 +1,6 @@
 """Convolution's three maps against torch's own convolution: values, derivatives of each order and kind, under vmap."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -30,6 +31,24 @@ CASES = {
     "padding by name": (F.conv2d, (2, 2, 4, 5), (3, 2, 3, 3), {"padding": "same"}),
     "no batch": (F.conv2d, (2, 4, 5), (3, 2, 3, 2), {}),
 }
+
+
+@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+def test_autocast_within_the_loss_has_torchs_own_derivative(function):
+    random = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(4, 4, 5, 5, generator=random).float().requires_grad_() for _ in range(2))
+
+    def gradients(exact: bool):
+        with exact_derivatives() if exact else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            y = function(x, w)
+        assert y.dtype == torch.bfloat16
+        return torch.autograd.grad(y.float().square().sum(), (x, w))
+
+    with mock.patch.object(convolution, "contract", side_effect=AssertionError("whose casts it would miss")):
+        ours = gradients(exact=True)
+    for mine, theirs in zip(ours, gradients(exact=False), strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, theirs)
 
 
 def test_output_padding_has_a_third_derivative():

@@ -159,7 +159,36 @@ def check_what_is_not_finite(module):
         assert said.endswith("The model is unchanged.")
 
 
-CHECKS = [check_descent, check_stuck_at_zero, check_which_are_tuned, check_what_is_not_finite]
+def check_what_an_error_leaves(module):
+    def slopes(t, m, before, *, fails):
+        model.count.add_(1)  # as a loss of the model itself would, whose BatchNorm counts
+        if t == fails:
+            raise KeyboardInterrupt
+        odd = torch.ones(t) if fails == 0 else torch.ones(())  # the history cannot be told
+        return "objective", {"weight": torch.tensor(1.0), "bias": torch.tensor(1.0)}, {"odd": odd}
+
+    for fails, error in ((3, KeyboardInterrupt), (0, RuntimeError)):
+        model = Few()
+        before = state_of(model)
+        try:
+            make_descent(module, steps=3).run(
+                model, partial(slopes, fails=fails), shown=(), on_step=None, progress=False
+            )
+        except error:
+            assert_same_state(model, before)
+        else:
+            raise AssertionError("nothing was raised")
+
+
+CHECKS = [
+    check_descent,
+    check_stuck_at_zero,
+    check_which_are_tuned,
+    check_what_is_not_finite,
+    check_what_an_error_leaves,
+]
+TOLD = "result = InitResult(scales, _plain(entries), skipped)\n"
+WRITTEN = "load_parameters_(model, {name: m[k] * theta0[name] for k, name in enumerate(tuned)})\n"
 UPDATE = "branch, state, lower=lower, upper=upper"
 MUTANTS = {
     "model written with other multipliers": ("{name: m[k] * theta0[name]", "{name: m[k] ** 2 * theta0[name]"),
@@ -168,7 +197,9 @@ MUTANTS = {
     "bounds swapped in the descent": (UPDATE, UPDATE.replace("lower=lower, upper=upper", "lower=upper, upper=lower")),
     "no lower bound in the descent": (UPDATE, UPDATE.replace("lower=lower, ", "")),
     "no upper bound in the descent": (UPDATE, UPDATE.replace(", upper=upper", "")),
-    "bounds not passed on": ("min_scale=self.min_scale, bounds=self.bounds)", "min_scale=self.min_scale)"),
+    "bounds not passed on": ("min_scale=self.min_scale, bounds=self.bounds\n", "min_scale=self.min_scale\n"),
+    "buffers not put back": ("unchanged_on_error(model.buffers())", "nullcontext()"),
+    "written before all is known": (f"{TOLD}            {WRITTEN}", f"{WRITTEN}            {TOLD}"),
     "min_scale at its default": ("min_scale=self.min_scale, bounds", "min_scale=0.01, bounds"),
     "state forgotten": ("moved, state = self.adam.update(", "moved, _ = self.adam.update("),
     "never stuck": ("torch.where(m == 0, m, moved) if self.stuck_at_zero else moved", "moved"),

@@ -555,6 +555,33 @@ def test_half_precision_is_normalised_in_float32(dtype, generator):
         assert_close(actual, expected, rtol=2e-2, atol=2e-2)  # two roundings to eight or eleven digits
 
 
+KEYWORDS = {
+    "dropout": lambda x: torch.dropout(x, p=0.5, train=True),
+    "dropout, off": lambda x: torch.dropout(input=x, p=0.5, train=False),
+    "alpha dropout": lambda x: torch.alpha_dropout(x, p=0.5, train=True),
+    "layer norm": lambda x: torch.layer_norm(input=x, normalized_shape=(FEATURES,), cudnn_enable=False),
+    "instance norm": lambda x: torch.instance_norm(
+        input=x, weight=None, bias=None, running_mean=None, running_var=None, use_input_stats=True, momentum=0.1,
+        eps=1e-5, cudnn_enabled=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KEYWORDS)
+def test_torchs_own_functions_keep_their_keywords(case, generator):
+    x = torch.randn(EXAMPLES, TIME, FEATURES, generator=generator)
+    torch.manual_seed(0)
+    expected = KEYWORDS[case](x)
+    torch.manual_seed(0)
+    with exact_derivatives():
+        value = KEYWORDS[case](x)
+    if "dropout" in case and "off" not in case:  # its mask is drawn in another way
+        assert set(value.flatten().tolist()) != set(x.flatten().tolist())
+        assert value.shape == expected.shape
+    else:
+        assert_close(value, expected)
+
+
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_dropout_under_either_randomness(randomness, generator):
     def drop(x):

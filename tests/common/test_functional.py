@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -21,6 +21,7 @@ from common.derivatives import gradient, group_gradients, taped_gradient
 from common.exact import exact_derivatives
 from common.functional import (
     _address,
+    check_apart,
     check_bare,
     check_devices,
     check_first_batch,
@@ -691,6 +692,103 @@ def test_quantised_and_lazy_models_are_refused():
         pure_loss(quantised)
     with pytest.raises(TypeError, match=r"uninitialised parameter '0.weight' of a lazy module. Run one forward pass"):
         pure_loss(nn.Sequential(nn.LazyLinear(4)))
+    with pytest.raises(TypeError, match=r"uninitialised buffer '0.running_mean' of a lazy module. Run one forward"):
+        pure_loss(nn.Sequential(nn.LazyBatchNorm2d(affine=False)))
+
+
+def test_a_loss_is_a_function_of_model_and_batch():
+    model = make([])
+    with pytest.raises(
+        TypeError, match=r"got CrossEntropyLoss, a function of outputs.*`lambda model, batch: criterion"
+    ):
+        pure_loss(model, nn.CrossEntropyLoss())
+    with pytest.raises(TypeError, match=r"got list\. Batches come after it, or by name: `batches=\.\.\.`"):
+        pure_loss(model, [(torch.ones(2, 6), torch.tensor([0, 1]))])
+
+
+def tied_in_memory(tie) -> nn.Module:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    with torch.no_grad():
+        tie(model[0], model[1])
+    return model
+
+
+def share_a_column(embedding, linear):
+    memory = torch.randn(5, 5)
+    embedding.weight, linear.weight = nn.Parameter(memory[:, :3]), nn.Parameter(memory[:, 2:])
+
+
+def interleave(embedding, linear):
+    memory = torch.randn(5, 6)
+    embedding.weight, linear.weight = nn.Parameter(memory[:, ::2]), nn.Parameter(memory[:, 1::2])
+
+
+def lay_out_in_one_piece(embedding, linear):
+    memory = torch.randn(30)
+    embedding.weight.data, linear.weight.data = memory[:15].view(5, 3), memory[15:].view(5, 3)
+
+
+def freeze_one(embedding, linear):
+    linear.weight.data = embedding.weight.data
+    embedding.weight.requires_grad_(False)
+
+
+MEMORY = {
+    "data": (lambda embedding, linear: setattr(linear.weight, "data", embedding.weight.data), True),
+    "transposed": (lambda e, _: setattr(e, "turned", nn.Parameter(e.weight.T)), True),
+    "a column": (share_a_column, True),
+    "interleaved": (interleave, False),
+    "one piece": (lay_out_in_one_piece, False),
+    "frozen": (freeze_one, False),
+    "one parameter": (lambda embedding, linear: setattr(linear, "weight", embedding.weight), False),
+}
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_parameters_that_share_memory_are_refused_by_name(case):
+    tie, shared = MEMORY[case]
+    model = tied_in_memory(tie)
+    other = "0.turned" if case == "transposed" else "1.weight"
+    message = rf"nio: parameters must not share memory, got '0.weight' and '{other}'\. To tie them"
+    with pytest.raises(ValueError, match=message) if shared else nullcontext():
+        check_apart(model, "nio")
+
+
+def test_a_parameter_that_is_expanded_shares_no_memory_with_its_neighbour():
+    memory = torch.randn(7)
+    layer = nn.Linear(3, 4)
+    layer.weight, layer.bias = nn.Parameter(memory[:1].expand(4, 3)), nn.Parameter(memory[3:])
+    check_apart(layer, "nio")
+    layer.bias = nn.Parameter(memory[:4])
+    with pytest.raises(ValueError, match="got 'weight' and 'bias'"):
+        check_apart(layer, "nio")
+
+
+def test_weights_of_recurrent_layers_are_not_laid_out_anew_for_cudnn(monkeypatch):
+    # on a GPU that reads addresses, which tensors under torch.func do not have, and writes into the caller's
+    model = nn.LSTM(3, 4, num_layers=2)
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", partial(pytest.fail, "laid out"))
+    loss = pure_loss(model, lambda model, x: model(x)[0].square().mean())
+    params, x = parameters_of(model), torch.randn(5, 2, 3)
+    taped = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    slopes = torch.autograd.grad(loss(taped, x), list(taped.values()))
+    for slope, expected in zip(slopes, gradient(loss, params, x).values(), strict=True):
+        assert_close(slope, expected)
+
+
+def test_saved_tensor_hooks_around_a_call_are_refused():
+    model = nn.Sequential(nn.Linear(6, 3))
+    x = torch.randn(3, 6), torch.tensor([0, 1, 2])
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        pytest.raises(
+            DerivativeError, match=r"pure_loss: it must be called outside of saved-tensor hooks.*save_on_cpu"
+        ),
+    ):
+        pure_loss(model)(parameters_of(model), x)
+    pure_loss(model)(parameters_of(model), x)  # and they are on again
+    with torch.autograd.graph.save_on_cpu():
+        model(x[0]).sum().backward()
 
 
 # ---------------------------------------------------------------------------------------------- the first batch

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
@@ -407,7 +409,7 @@ LAYERS = inspect.getsource(inspect.getmodule(gain_of))
 MUTANTS = [
     ("fan_out for fan_in", "kaiming", 'if mode == "fan_in"', 'if mode == "fan_out"'),
     ("both fans of the wrong side", "kaiming", "return W.shape[1] * taps, W.shape[0] * taps", "return W.shape[:2]"),
-    ("fan without its taps", "kaiming", "taps = W[0, 0].numel()", "taps = 1"),
+    ("fan without its taps", "kaiming", "taps = math.prod(W.shape[2:])", "taps = 1"),
     ("no gain", "kaiming", "std = gamma /", "std = 1 /"),
     ("gain squared", "kaiming", "std = gamma /", "std = gamma**2 /"),
     ("variance for std", "kaiming", "std = gamma / math.sqrt(", "std = gamma / ("),
@@ -429,8 +431,8 @@ MUTANTS = [
     ("He's rule", "torch_default", "a=math.sqrt(5)", "a=0"),
     ("a = 5", "torch_default", "a=math.sqrt(5)", "a=5"),
     ("biases 0", "torch_default", "draw(bias, uniform)", "draw(bias, nn.init.zeros_)"),
-    ("biases of fan_out", "torch_default", "else _fans(W)[0])", "else _fans(W)[1])"),
-    ("hidden forgotten", "torch_default", "1 / math.sqrt(int(layer.hidden_size) if", "1 / math.sqrt(_fans(W)[0] if"),
+    ("biases of fan_out", "torch_default", "else _fans(W)[0]", "else _fans(W)[1]"),
+    ("hidden forgotten", "torch_default", "fan = int(layer.hidden_size) if", "fan = _fans(W)[0] if"),
     ("padding row drawn", "torch_default", "_clear_padding(pending[W], layer)", "pass"),
     ("attention's biases drawn", "torch_default", "if not isinstance(layer, ZERO_BIAS)", "if True"),
     (
@@ -812,6 +814,11 @@ ERRORS = [
     (kaiming_, lambda: nn.LazyLinear(3), r"kaiming_: every weight must be an ordinary parameter, got a lazy"),
     (
         kaiming_,
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LazyBatchNorm1d()),
+        r"kaiming_: every weight must be an ordinary parameter, got a lazy or parametrised one in '1'",
+    ),
+    (
+        kaiming_,
         lambda: prune.identity(nn.Linear(3, 4), "weight"),
         r"kaiming_: every weight must be an ordinary parameter, got a lazy or parametrised one in 'Linear'",
     ),
@@ -826,12 +833,24 @@ ERRORS = [
 @pytest.mark.parametrize(("initialise", "build", "message"), ERRORS)
 def test_errors_leave_the_model_as_it_was(initialise, build, message):
     model = build()
-    lazy = isinstance(model, nn.LazyLinear)
-    before = None if lazy else snapshot(model)
+    real = nn.ParameterList(leaf for leaf in model.parameters() if not is_lazy(leaf))  # others have no values
+    before = snapshot(real)
     with pytest.raises(ValueError, match=message):
         initialise(model, generator=seeded())
-    if not lazy:
-        assert_as_it_was(model, before)
+    assert_as_it_was(real, before)
+
+
+@pytest.mark.parametrize("name", ["kaiming_", "xavier_", "orthogonal_", "normal_", "torch_default_"])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_layers_without_inputs_or_outputs_are_passed_over(name, shape):
+    alone, beside = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4))
+    with warnings.catch_warnings(action="ignore"):  # torch's own, of a layer without entries
+        beside.append(nn.Linear(*shape))
+    for model in (alone, beside):
+        getattr(initializers, name)(model, generator=seeded())
+    assert torch.equal(alone[0].weight, beside[0].weight)
+    assert not beside[1].bias.any()
 
 
 @pytest.mark.parametrize("name", ["transformer_", "tfixup_"])

@@ -105,6 +105,24 @@ def test_a_parametrised_weight_counts_as_the_forward_pass_sees_it():
     assert row["weight_norm"] == pytest.approx(10.0)
 
 
+def test_an_activation_with_parameters_is_one_row():
+    # outputs 3x + 4y + 1: −4, 12, 14, of which PReLU makes −1, 12, 14; ∂L/∂slope = −4/3, the mean of what is below 0
+    model = nn.Sequential(linear([[3.0, 4.0]], [1.0]), nn.PReLU(), nn.PReLU())
+    model[2].weight = nn.Parameter(torch.tensor([1.0]))
+    layers = examine_layers(model, lambda m, x: m[1](m[0](x)).mean(), X)
+    rows = by_name(layers.rows)
+    assert list(rows) == ["0", "1", "2"]
+    row = rows["1"]
+    assert (row["kind"], row["follows"], row["called"], row["units"]) == ("PReLU", "0", True, 1)
+    assert row["activation_mean"] == pytest.approx(25 / 3)
+    assert row["gradient_norm"] == pytest.approx(4 / 3)
+    assert row["weight_norm"] == pytest.approx(0.25)
+    assert not rows["2"]["called"]
+    assert layers.without_gradient == {"2.weight": "unused"}
+    cut = examine_layers(model, lambda m, x: m[2](m[1](m[0](x)).detach()).mean() + 0 * m[1].weight.sum(), X)
+    assert cut.without_gradient == {"0.weight": "detached", "0.bias": "detached", "1.weight": "zero"}
+
+
 def test_layers_are_what_holds_parameters_and_works_by_itself():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.MultiheadAttention(4, 2), nn.LSTM(2, 3), nn.ReLU())
     assert list(layers_of(model)) == ["0.0", "1", "2"]

@@ -300,6 +300,18 @@ def test_a_summary_cut_off_while_written_does_not_count(folder, monkeypatch):
     assert reopen(folder).is_complete
 
 
+def test_what_takes_a_files_place_is_on_disk_before_it_does(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(record_module.os, "fsync", lambda descriptor: calls.append(os.fstat(descriptor).st_ino))
+    partial, path = tmp_path / "a.partial", tmp_path / "a.json"
+    partial.write_text("new", "utf-8")
+    path.write_text("old", "utf-8")
+    number = partial.stat().st_ino
+    record_module.put_in_place(partial, path)
+    assert calls == [number]
+    assert [(p.name, p.read_text("utf-8")) for p in tmp_path.iterdir()] == [("a.json", "new")]
+
+
 def test_what_json_has_no_number_for_is_null(folder):
     record = reopen(folder).append({"loss": math.nan, "nested": [{"gap": -math.inf}, 1.5]})
     assert record == {"loss": None, "nested": [{"gap": None}, 1.5]}

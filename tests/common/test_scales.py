@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from common import scales as module
-from common.scales import RescaleAdam, bounds_of, kinds_of, scalable_tensors, scaled
+from common.scales import RescaleAdam, bounds_of, kinds_of, names_of, scalable_tensors, scaled
 from tests.mutation import mutated, survives
 
 
@@ -78,11 +78,13 @@ def check_transcription(module):
 
 def check_bounds(module):
     kinds = {"conv.weight": "conv", "conv.bias": "bias", "norm.weight": "norm", "head.weight": "linear"}
-    of = lambda **options: module.bounds_of(list(kinds), kinds, min_scale=0.01, **options)
+    names = {name: [name] for name in kinds} | {"head.weight": ["head.weight", "embedding.weight"]}
+    of = lambda **options: module.bounds_of(names, kinds, min_scale=0.01, **options)
     inf = math.inf
     assert of() == ([0.01, 0.0, 0.01, 0.01], [inf] * 4)
     assert of(bounds={"norm": (0.1, 100.0)}) == ([0.01, 0.0, 0.1, 0.01], [inf, inf, 100.0, inf])
     assert of(bounds={"*.weight": (0.5, 2.0), "head.*": (0.2, 3.0)})[0] == [0.5, 0.0, 0.5, 0.2]
+    assert of(bounds={"embedding.*": (0.3, 3.0)})[0] == [0.01, 0.0, 0.01, 0.3]
 
 
 def check_what_is_not_finite(module):
@@ -256,6 +258,26 @@ def test_which_tensors_get_a_multiplier():
     assert scalable_tensors(model)[1]["alpha"] == "its norm is not finite (nan)"
 
 
+def test_a_frozen_tensor_need_not_have_a_norm():
+    model = Odd()
+    model.table = nn.Parameter(torch.arange(4), requires_grad=False)
+    model.far = nn.Parameter(torch.empty(2, device="meta"), requires_grad=False)
+    names, skipped = scalable_tensors(model)
+    assert skipped["table"] == skipped["far"] == "frozen: requires_grad is False"
+    assert "alpha" in names
+
+
+def test_a_tied_tensor_is_meant_by_each_of_its_names():
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+    model["head"].weight = model["embedding"].weight
+    assert names_of(model) == {"embedding.weight": ["embedding.weight", "head.weight"], "head.bias": ["head.bias"]}
+    for pattern in ("embedding.weight", "head.weight", "head.w*"):
+        names, skipped = scalable_tensors(model, exclude=[pattern])
+        assert names == ["head.bias"]
+        assert skipped == {"embedding.weight": "left out by `include` and `exclude`"}
+        assert scalable_tensors(model, include=[pattern])[0] == ["embedding.weight"]
+
+
 @pytest.mark.parametrize("options", [{"include": ["nomr"]}, {"exclude": ["encoder.*"]}])
 def test_a_pattern_that_means_nothing_is_refused(options):
     with pytest.raises(ValueError, match=r"a pattern must mean at least one parameter, got '(nomr|encoder\.\*)'"):
@@ -291,5 +313,5 @@ def test_a_branch_that_is_entered_late_takes_a_larger_step_and_how_large(seed, b
 
 
 def test_bounds_and_scaled_are_exported():
-    assert bounds_of(["w"], {"w": "conv"}, min_scale=0.5) == ([0.5], [math.inf])
+    assert bounds_of({"w": ["w"]}, {"w": "conv"}, min_scale=0.5) == ([0.5], [math.inf])
     assert scaled({"w": torch.ones(1)}, {}) == {"w": torch.ones(1)}

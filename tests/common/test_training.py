@@ -419,6 +419,25 @@ def test_a_resumed_run_drops_the_units_that_it_would_have_dropped(tmp_path):
     assert numbers(run(dropping(), config, checkpoint=path).history) == numbers(expected.history)
 
 
+def test_a_run_goes_on_with_fewer_gpus_than_it_was_begun_on(tmp_path, monkeypatch):
+    def failing(epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return batches(epoch)
+
+    config, path = TrainingConfig(epochs=2), tmp_path / "state.pt"
+    states = [torch.tensor([number], dtype=torch.uint8) for number in (1, 2)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(), config, train_batches=failing, checkpoint=path)
+    told = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", told.extend)
+    assert len(run(make_model(), config, checkpoint=path).history) == 2
+    assert told == states[:1]
+
+
 @pytest.mark.parametrize("change", [{"momentum": 0.5}, {"epochs": 5}, {"no_decay": ("*bias",)}], ids=str)
 def test_a_checkpoint_of_another_recipe_is_refused_and_kept(tmp_path, change):
     config, path = TrainingConfig(epochs=4), tmp_path / "state.pt"

@@ -8,6 +8,7 @@ import math
 import re
 import weakref
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -592,6 +593,17 @@ def test_captured_tensors_are_refused(name):
         unroll(lambda s, x: 0.5 * s, s, [None] * 2, outer_losses={1: function})
 
 
+class Held(NamedTuple):
+    HELD: torch.Tensor
+
+
+def test_an_attribute_is_not_the_global_of_its_name():
+    s = Held(torch.tensor(1.0, requires_grad=True))
+    F, _ = unroll(lambda s, x: Held(0.5 * s.HELD), s, [None] * 2, outer_losses={2: lambda s: s.HELD})
+    F.backward()
+    assert s.HELD.grad == 0.25
+
+
 def test_a_later_outer_loss_that_captures_is_refused_in_the_backward_pass():
     b = torch.tensor(2.0, requires_grad=True)
     inner = lambda w: w * b
@@ -706,6 +718,7 @@ ERRORS = {
         ValueError,
         "must keep shapes, types and devices, got 1.0",
     ),
+    "complex": (lambda: unroll(lambda s, x: s, torch.ones(2) * 1j, [1]), TypeError, "must be real, got a complex one"),
     "in place": (lambda: unroll(in_place, {"w": torch.ones(2)}, [1]), ValueError, r"changes state\['w'\] in place"),
     "input": (
         lambda: unroll(lambda s, x: {"w": s["w"] * x}, S, [1, torch.ones(2, requires_grad=True)]),

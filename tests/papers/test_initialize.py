@@ -402,7 +402,32 @@ def test_a_paper_that_fails_half_way_leaves_the_model_as_it_was(method):
     assert_same_state(model, before)
 
 
+@pytest.mark.parametrize("method", LEARNED)
+def test_a_loss_of_the_model_itself_is_refused_and_leaves_its_statistics(method):
+    model = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3))
+    before = state_of(model)
+    options = LEARNED[method] | ({"splits": 2} if method == "nio" else {})
+    # NIO's transforms refuse the statistics that are moved
+    with pytest.raises((ValueError, DerivativeError), match=r"depend on|another model|changes a tensor in place"):
+        initialize(
+            model, method, lambda _, batch: classification_loss(model, batch), batches(), progress=False, **options
+        )
+    assert_same_state(model, before)
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("method", LEARNED)
+def test_slips_in_the_arguments_are_told(method):
+    model = mlp(4, 3)
+    before = state_of(model)
+    with pytest.raises(TypeError, match=rf"{method}: `loss_fn` must be .*got CrossEntropyLoss, a function of outputs"):
+        initialize(model, method, nn.CrossEntropyLoss(), batches(), progress=False, **LEARNED[method])
+    assert_same_state(model, before)
+    model.twin = nn.Parameter(model[0].weight.T)
+    with pytest.raises(ValueError, match=rf"{method}: parameters must not share memory, got 'twin' and '0.weight'"):
+        initialize(model, method, batches=batches(), progress=False, **LEARNED[method])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_wrapped_models_are_refused_by_every_method(method):
     class DistributedDataParallel(nn.Module):  # torch's own needs a process group; its name is what is looked at

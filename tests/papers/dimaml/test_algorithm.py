@@ -1412,6 +1412,18 @@ def test_a_model_that_draws_in_evaluation_is_refused():
         dimaml(model, task_sampler=[GOOD], meta_steps=1, **OPTIONS)
 
 
+def test_laws_of_frozen_tensors_alone_leave_nothing_to_learn():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    laws = InitDistribution.from_model(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"dimaml: a trainable tensor must have a law, got laws of frozen ones alone"):
+        dimaml(model, task_sampler=[GOOD], start=laws, meta_steps=1, **OPTIONS)
+    model[1].requires_grad_(True)
+    first = InitDistribution({key: law for key, law in laws.families.items() if key.startswith("0.")})
+    with pytest.raises(ValueError, match=r"dimaml: a trainable tensor must have a law, got laws of frozen ones alone"):
+        dimaml(model, task_sampler=[GOOD], start=first, meta_steps=1, **OPTIONS)
+
+
 def test_a_layer_without_a_second_derivative_is_refused_but_in_first_order():
     model = nn.Sequential(nn.Linear(4, 6), CubedOnce(), nn.Linear(6, 3))
     before = state_of(model)

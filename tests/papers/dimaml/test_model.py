@@ -254,7 +254,7 @@ PADDED = "torch.where(is_padding[:, None], own, new)"
 PARTS = "parts[0] if len(parts) == 1 else torch.cat(parts)"
 LOOP = "for name, parameter in model.named_parameters():\n        known_as"
 PARAMETERS = "model.named_parameters()"
-TWICE = "[(names[id(p)][0], p) for _, p in model.named_parameters(remove_duplicate=False)]"
+TWICE = "[(n[0], model.get_parameter(n[0])) for n in names.values() for _ in n]"
 FROZEN = "touched = {block.name for block, law in plan if law and block.parameter.requires_grad}"
 MUTANTS = {
     "gate rows swapped": (ROWS, "slice((len(gates) - 1 - g) * h, (len(gates) - g) * h)"),
@@ -264,7 +264,7 @@ MUTANTS = {
     "GRU's gates in another order": ('("reset", "update", "new")', '("update", "reset", "new")'),
     "a projection cut in gates": ('"bias_ih", "bias_hh")', '"bias_ih", "bias_hh", "weight_hr")'),
     "a tie sampled twice": (LOOP, LOOP.replace(PARAMETERS, TWICE)),
-    "a tie known by its first name alone": ("tuple(known_as), parameter", "tuple(known_as[:1]), parameter"),
+    "a tie known by its first name alone": ("tuple(names[name]), paddings", "tuple(names[name][:1]), paddings"),
     "frozen tensors drawn": (FROZEN, "touched = {block.name for block, law in plan if law}"),
     "frozen tensors have laws": ("if not block.parameter.requires_grad:\n", "if False:\n"),
     "norms have laws": ("elif name in of_norms:", "elif False:"),
@@ -347,6 +347,21 @@ def test_patterns_and_gates_that_start_at_a_constant():
     assert torch.equal(model.lstm.bias_ih_l0[3:6].detach(), torch.ones(3))
     only = InitDistribution.from_model(model, include=("embedding", "logits.*"))
     assert list(only.families) == ["embedding.weight", "logits.weight"]
+
+
+def test_patterns_mean_a_gate_and_a_tied_tensor_by_each_of_its_names():
+    model = CharModel()
+    every = set(InitDistribution.from_model(model).families)
+    gate = "lstm.weight_hh_l0[forget]"
+    assert set(InitDistribution.from_model(model, exclude=gate).families) == every - {gate}
+    assert set(InitDistribution.from_model(model, include=[gate]).families) == {gate}
+    tied = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+    tied["head"].weight = tied["embedding"].weight
+    for pattern in ("embedding.weight", "head.weight", "head.w*"):
+        law = InitDistribution.from_model(tied, exclude=pattern)
+        assert set(law.families) == {"head.bias"}
+        assert law.skipped["embedding.weight"] == "left out by `include` and `exclude`"
+        assert set(InitDistribution.from_model(tied, include=pattern).families) == {"embedding.weight"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -709,6 +709,8 @@ def test_a_layer_that_torch_would_differentiate_in_part_is_refused():
     with pytest.raises(DerivativeError, match=r"once_differentiable.* fails: engine='finite_difference'"):
         gradinit(model, batches=GOOD, steps=2, gamma=1e-9, **QUIET)
     assert_same_state(model, before)
+    # but not a sign's, which is zero
+    gradinit(copy.deepcopy(model), batches=GOOD, steps=1, gamma=math.inf, step="adam", exact=True, **QUIET)
     with pytest.raises(DerivativeError, match="once_differentiable"):  # the step's derivative is one too
         gradinit(model, batches=GOOD, steps=1, gamma=math.inf, step="sgd", exact=True, **QUIET)
     assert_same_state(model, before)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -500,6 +501,27 @@ def test_bad_options(options, message):
 def test_options_of_another_type_are_refused(options):
     with pytest.raises(TypeError, match=rf"metainit: `{next(iter(options))}` must be a number, got"):
         metainit(mlp(4, 6, 3), input_shape=(4,), **(options | QUIET))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_shape": 4}, r"`input_shape` must be a tuple of positive whole numbers, .* got 4"),
+        ({"input_shape": (4, 0)}, r"`input_shape` must be a tuple of positive whole numbers, .* got \(4, 0\)"),
+        ({"input_shape": (4,), "generator": 0}, r"`generator` must be a torch\.Generator, got 0"),
+    ],
+    ids=str,
+)
+def test_noise_has_a_shape_and_a_generator(options, message):
+    with pytest.raises(TypeError, match=f"metainit: {message}"):
+        metainit(mlp(4, 6, 3), steps=1, **(options | QUIET))
+
+
+@pytest.mark.parametrize(("form", "order"), [("taylor", 3), ("step", 2)])
+def test_only_derivatives_that_are_taken_are_asked_of_a_layer(form, order):
+    with mock.patch.object(algorithm, "naming_the_layer", wraps=algorithm.naming_the_layer) as naming:
+        metainit(mlp(4, 6, 3), input_shape=(4,), steps=1, form=form, **QUIET)
+    assert [call.kwargs["order"] for call in naming.call_args_list] == [order, order]
 
 
 def test_a_loss_that_is_no_mean_over_examples_is_refused_with_micro_batches():

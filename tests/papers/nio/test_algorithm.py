@@ -380,7 +380,7 @@ MUTANTS = {
     "gradient's tensors swapped": (GRAD_PARAMS, GRAD_PARAMS.replace('"released" if', '"all" if')),
     "batch norm in the gradient": ("chosen = kinds.keys() - of_batch_norm", "chosen = set(kinds)"),
     "all means some": ('"all":\n        chosen = set(kinds)', '"all":\n        chosen = kinds.keys() - of_batch_norm'),
-    "patterns ignored": ("if matches(name, kind, patterns)}", "}"),
+    "patterns ignored": ("if matches(every, kinds[name], patterns)}", "}"),
     "an explicit rule ignored": ("if rule is None:", 'if variant == "paper":'),
     "an explicit objective ignored": ("if objective is None:", 'if variant == "paper":'),
     "an explicit coupling ignored": ("if coupling is None:", 'if variant == "paper":'),
