@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.record import device_name
+from common.record import device_name, put_in_place
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -107,7 +107,6 @@ def run_sections(
     for section, measure in sections.items():
         measured = measure()
         about = (getattr(measure, "func", measure).__doc__ or "").strip()
-        show(console, f"{section}: {about}", measured)
         old = results.get(section, {})
         then = {key: value for key, value in old.items() if key not in ("about", "results")}
         now = {"machine": device_name(device), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), **options}
@@ -115,7 +114,10 @@ def run_sections(
         rows = kept | {label: row | now for label, row in measured.items()}
         results[section] = {"about": about, **now, "results": rows}
         if save:
-            path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+            put_in_place(partial, path)
+        show(console, f"{section}: {about}", measured)  # last: a closed pipe ends the process
 
 
 def measured_alike(section: Mapping[str, Any]) -> dict[str, Any]:

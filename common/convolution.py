@@ -167,12 +167,18 @@ def _is_wanted(input: Tensor, weight: Tensor, axes: int) -> bool:
     """
     if not (input.ndim == weight.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0):
         return False
-    if torch.is_autocast_enabled(input.device.type):
+    if _is_cast(input):
         return False
     problems = mapped_problems()
     if problems is None:
         return input.requires_grad or weight.requires_grad
     return problems > 0 and problems * weight.numel() >= _WORTH_MAPPING
+
+
+def _is_cast(input: Tensor) -> bool:
+    """Whether autocast is at work where the tensor is."""
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _with_bias(y: Tensor, bias: Tensor | None, axes: int) -> Tensor:
@@ -226,7 +232,7 @@ def transposed_convolution(native: Any) -> Any:
         batched = input.ndim == axes + 2 and input.is_floating_point() and input.numel() > 0
         # an output that is no convolution's input, torch's own alone can make (or refuse)
         invertible = all(more < step for more, step in zip(extra, strides, strict=True))
-        if not invertible or not (_is_wanted(input, weight, axes) or (any(extra) and batched)):
+        if not invertible or not (_is_wanted(input, weight, axes) or (any(extra) and batched and not _is_cast(input))):
             return native(input, weight, bias, stride, padding, output_padding, groups, dilation)
         size = [
             (length - 1) * step - 2 * pad + spread * (kernel - 1) + more + 1

@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common.functional import check_apart, load_parameters_, unchanged_on_error
+from common.functional import check_apart, load_parameters_, names_of, unchanged_on_error
 from common.options import check_number, check_positive, check_whole
 from common.precision import check_precision, full_precision
 from common.scales import (
@@ -24,7 +24,6 @@ from common.scales import (
     bounds_of,
     check_patterns,
     kinds_of,
-    names_of,
     scalable_tensors,
 )
 from common.types import InitResult, NotFiniteError, Params

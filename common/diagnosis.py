@@ -20,8 +20,8 @@ _LIMITS: dict[str, str] = {
         "`once_differentiable`"
     ),
     r"saved tensor hooks|use_reentrant": (
-        "it recomputes activations (checkpointing), which torch.func cannot follow. Turn activation checkpointing off; "
-        "micro-batches bound memory instead"
+        "it recomputes activations (checkpointing), when the parameters of the call are gone. Turn activation "
+        "checkpointing off; micro-batches bound memory instead"
     ),
     r"data pointer of Tensor that doesn't have storage": (
         "it reads values outside of torch (through numpy, most often), which torch.func cannot follow. Write "

@@ -377,27 +377,27 @@ _multi_head_attention = FunctionType(
 
 # ---------------------------------------------------------------------------------------------- recurrent layers
 def _lstm_cell(
-    x: Tensor, state: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    h, c = state
-    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
+    h, c = hx
+    i, f, g, o = (F.linear(input, w_ih, b_ih) + F.linear(h, w_hh, b_hh)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
 def _gru_cell(
-    x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
-    x_r, x_z, x_n = F.linear(x, w_ih, b_ih).chunk(3, -1)
-    h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    x_r, x_z, x_n = F.linear(input, w_ih, b_ih).chunk(3, -1)
+    h_r, h_z, h_n = F.linear(hx, w_hh, b_hh).chunk(3, -1)
     z = (x_z + h_z).sigmoid()
     n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
-    return (1 - z) * n + z * h
+    return (1 - z) * n + z * hx
 
 
 def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    def cell(x, h, w_ih, w_hh, b_ih=None, b_hh=None):
-        return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
+    def cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+        return activation(F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
 
     return cell
 

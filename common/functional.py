@@ -7,7 +7,7 @@ dropout's randomness comes from, which buffers may be written (none of the user'
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -69,10 +69,20 @@ def load_parameters_(model: nn.Module, params: Params) -> None:
             own[name].copy_(value)
 
 
+def names_of(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of each parameter, several where it is tied, by its first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[first[id(parameter)]].append(name)
+    return names
+
+
 @contextmanager
 def unchanged_on_error(leaves: Iterable[Tensor]) -> Iterator[None]:
     """On any error within, an interrupt too, the tensors have the values that they had before."""
-    before = [(leaf, leaf.detach().clone()) for leaf in leaves]
+    # a sparse buffer is not written entry by entry
+    before = [(leaf, leaf.detach().clone()) for leaf in leaves if leaf.layout is torch.strided]
     try:
         yield
     except BaseException:
@@ -228,7 +238,7 @@ def _pure_call(
     """(params, batch, seed, statistics) ↦ the loss and, in mode "tracked", the statistics after it."""
     caller = "tracking_loss" if mode == "tracked" else "pure_loss"
     wrapped = _LossModule(structural_copy(model), loss_fn)
-    _set_modes(wrapped.model, mode, dropout=seed is not None)
+    _set_modes(wrapped.model, mode, dropout=seed is not None, exact=exact)
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     memory = {_address(leaf) for leaf in own.values()} - {0}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -292,15 +302,9 @@ def _pure_call(
                 stack.enter_context(exact_derivatives(order))
             if dtype is not None:
                 stack.enter_context(in_float64())
-            try:
-                # activation checkpointing: during backward it would find the copy's own tensors, which are put back
-                # below, not those of this call
+            with suppress(RuntimeError):  # where hooks surround the call, as in a recomputation of all of it, they stay
+                # for activation checkpointing, which during backward would find the copy's own tensors again
                 stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_NO_RECOMPUTATION))
-            except RuntimeError as error:
-                raise DerivativeError(
-                    f"{caller}: it must be called outside of saved-tensor hooks, got some around the call "
-                    "(torch.autograd.graph.save_on_cpu, say). Micro-batches bound memory instead."
-                ) from error
             stack.callback(_put, places, {})
             _put(places, state)
             carried = None if statistics is None else stack.enter_context(CarriedStatistics(slots))
@@ -378,7 +382,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *, dropout: bool) -> None:
+def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *, dropout: bool, exact: bool) -> None:
     model.train(dropout)
     for module in model.modules():
         if isinstance(module, _NormBase):
@@ -387,8 +391,8 @@ def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *
                 # Without buffers there is nothing to update in place, which torch.func would refuse.
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
-        if isinstance(module, nn.RNNBase):
-            # cuDNN's layout of the weights: `exact` needs none, and their addresses have none under torch.func
+        if isinstance(module, nn.RNNBase) and exact:
+            # cuDNN's layout: its kernels are not called, and under torch.func weights have no address to be asked for
             module.flatten_parameters = lambda: None
         # Training moves the power iteration, a step that is not differentiated: derivatives would not be the loss's.
         if isinstance(module, _SpectralNorm):
@@ -455,7 +459,7 @@ def check_bare(model: nn.Module, caller: str) -> None:
 
 def check_loss(loss_fn: object, caller: str) -> None:
     """A function of model and batch: the slips are a criterion of torch's, and batches in its place."""
-    if isinstance(loss_fn, nn.modules.loss._Loss):
+    if type(loss_fn).__module__ == nn.modules.loss.__name__:
         name = type(loss_fn).__name__
         raise TypeError(
             f"{caller}: `loss_fn` must be a function of model and batch, got {name}, a function of outputs and labels. "
@@ -464,33 +468,51 @@ def check_loss(loss_fn: object, caller: str) -> None:
     if not callable(loss_fn):
         raise TypeError(
             f"{caller}: `loss_fn` must be a function of model and batch, got {type(loss_fn).__name__}. Batches come "
-            "after it, or by name: `batches=...`."
+            "after it."
         )
 
 
 def check_apart(model: nn.Module, caller: str) -> None:
-    """Trainable parameters must not overlap in memory: two that share it are tied without torch's knowledge.
+    """No trainable parameter may overlap another in memory: two that share it are tied without torch's knowledge.
 
-    Neighbours in one piece of memory, as cuDNN and optimizers lay weights out, do not.
+    Neighbours in one piece of memory, as cuDNN and optimizers lay weights out, do not overlap.
     """
-    by_memory: dict[int, list[tuple[str, Tensor]]] = {}
+    by_memory: dict[int, list[tuple[int, int, str, Tensor]]] = {}
     for name, leaf in model.named_parameters():
-        if leaf.requires_grad and not leaf.is_meta and leaf.numel():
-            by_memory.setdefault(leaf.untyped_storage().data_ptr(), []).append((name, leaf.detach()))
+        if leaf.layout is torch.strided and not leaf.is_meta and leaf.numel():
+            begin = int(leaf.storage_offset())
+            end = begin + sum((size - 1) * int(step) for size, step in zip(leaf.shape, leaf.stride(), strict=True)) + 1
+            own = by_memory.setdefault(leaf.untyped_storage().data_ptr(), [])
+            own.append((begin * leaf.element_size(), end * leaf.element_size(), name, leaf))
     for neighbours in by_memory.values():
-        owner: dict[str, Tensor] = {}
-        for name, leaf in neighbours if len(neighbours) > 1 else ():
-            # which bytes are whose: exact for interleaved views too
-            taken = torch.zeros(leaf.untyped_storage().nbytes() // leaf.element_size(), dtype=torch.bool)
-            shape = [size if stride else 1 for size, stride in zip(leaf.shape, leaf.stride(), strict=True)]
-            taken.as_strided(shape, leaf.stride(), leaf.storage_offset()).fill_(True)
-            for other, others in owner.items():
-                if len(others) == len(taken) and (taken & others).any():
+        reaching: list[tuple[int, int, str, Tensor]] = []
+        for begin, end, name, leaf in sorted(neighbours, key=lambda own: own[:2]):
+            reaching = [other for other in reaching if other[1] > begin]
+            for _, _, other_name, other in reaching:
+                if (leaf.requires_grad or other.requires_grad) and _share_entries(other, leaf):
                     raise ValueError(
-                        f"{caller}: parameters must not share memory, got {other!r} and {name!r}. To tie them assign "
-                        "one nn.Parameter to both names; to keep them apart clone one."
+                        f"{caller}: parameters must not share memory, got {other_name!r} and {name!r}. To tie them "
+                        "assign one nn.Parameter to both names; to keep them apart clone one."
                     )
-            owner[name] = taken
+            reaching.append((begin, end, name, leaf))
+
+
+def _share_entries(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors in one piece of memory that reach into each other, whether an entry is both's."""
+    if a.element_size() != b.element_size():
+        return True
+    first = min(a.storage_offset(), b.storage_offset())
+    taken = []
+    for leaf in (a, b):
+        shape = [size if step else 1 for size, step in zip(leaf.shape, leaf.stride(), strict=True)]
+        reach = (
+            leaf.storage_offset() - first + sum((n - 1) * step for n, step in zip(shape, leaf.stride(), strict=True))
+        )
+        mask = torch.zeros(reach + 1, dtype=torch.bool, device="cpu")
+        mask.as_strided(shape, leaf.stride(), leaf.storage_offset() - first).fill_(True)
+        taken.append(mask)
+    length = min(map(len, taken))
+    return bool((taken[0][:length] & taken[1][:length]).any())
 
 
 def check_devices(model: nn.Module, batch: Batch, caller: str) -> None:
@@ -499,11 +521,15 @@ def check_devices(model: nn.Module, batch: Batch, caller: str) -> None:
     for leaf in tensors_of(batch):
         if leaf.device not in devices:
             where = ", ".join(sorted(map(str, devices)))
-            is_list = leaf.ndim == 1 and not leaf.is_floating_point()
+            may_be_lengths = leaf.ndim == 1 and not leaf.is_floating_point()
             raise ValueError(
                 f"{caller}: the batch must be on the model's device ({where}), got a tensor on {leaf.device}. "
                 "Move one of them with `.to(device)`"
-                + (", and lengths that torch wants on the CPU back by `.cpu()` in `loss_fn`." if is_list else ".")
+                + (
+                    ", and lengths that torch wants on the CPU back by `.cpu()` in `loss_fn`."
+                    if may_be_lengths
+                    else "."
+                )
             )
 
 

@@ -184,7 +184,7 @@ def is_activation(module: nn.Module) -> bool:
 def fan_in(layer: nn.Module, W: Tensor) -> int | None:
     """How many inputs one output of W sums over; None where W is no matrix or convolution of a layer that is known."""
     if isinstance(layer, CONVOLUTIONS):
-        return W[0].numel()
+        return math.prod(W.shape[1:])
     if isinstance(layer, TRANSPOSED):
         return W.shape[0] * math.prod(W.shape[2:]) // layer.groups
     kind = kinds_of(layer).get("weight")
@@ -207,6 +207,8 @@ def _kaiming_ratio(layer: nn.Module, weights: Sequence[Tensor]) -> float | None:
     for W in weights:
         if (fan := fan_in(layer, W)) is None:
             return None
+        if W.numel() == 0:
+            continue
         expected += 2 * W.numel() / fan
     return _norm(weights) / math.sqrt(expected) if expected else None
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from common.functional import names_of
 from common.tree import tree_norms
 from common.types import Params
 
@@ -59,15 +60,6 @@ def _kind_of(module: nn.Module) -> Kind:
     return (
         "linear" if isinstance(module, (nn.Linear, nn.Bilinear, nn.MultiheadAttention)) or name == "conv1d" else "other"
     )
-
-
-def names_of(model: nn.Module) -> dict[str, list[str]]:
-    """Every name of each parameter, several where it is tied, by its first."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    names: dict[str, list[str]] = {name: [] for name in first.values()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[first[id(parameter)]].append(name)
-    return names
 
 
 def matches(names: Iterable[str], kind: str, patterns: Iterable[str]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from common.functional import in_evaluation_mode
+from common.functional import in_evaluation_mode, names_of
 from common.options import check_choice, check_number, check_whole
 from common.record import put_in_place
 from common.types import Batch, UserLoss
@@ -116,9 +116,14 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     A group without that key has the factor 1.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    every = names_of(model)  # a tied parameter is meant by each of its names
+
+    def is_meant(name: str, pattern: str) -> bool:
+        return any(fnmatchcase(known, pattern) for known in every[name])
+
     for name, parameter in model.named_parameters():
-        factor = next((f for pattern, f in config.lr_factors if fnmatchcase(name, pattern)), 1.0)
-        decayed = not any(fnmatchcase(name, pattern) for pattern in config.no_decay)
+        factor = next((f for pattern, f in config.lr_factors if is_meant(name, pattern)), 1.0)
+        decayed = not any(is_meant(name, pattern) for pattern in config.no_decay)
         groups.setdefault((factor, config.weight_decay if decayed else 0.0), []).append(parameter)
     parameters: list[dict[str, Any]] = [
         {"params": members, "weight_decay": decay} | ({} if factor == 1 else {"lr_factor": factor})

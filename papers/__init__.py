@@ -24,6 +24,7 @@ from common.batches import of_one_size
 from common.functional import (
     check_bare,
     check_devices,
+    check_loss,
     classification_loss,
     parameters_of,
     put_back_,
@@ -299,6 +300,7 @@ def _baseline(
     device = next((leaf.device for leaf in own.values()), torch.device("cpu"))
     with _undone(model) as before, full_precision(device):
         if method.name == "lsuv":
+            check_loss(loss_fn, "lsuv")
             batch = _first(model, batches, loss_fn)
             if loss_fn is not classification_loss:
                 options = {"forward": loss_fn} | options

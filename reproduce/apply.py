@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.record import as_recorded, device_name, device_of
+from common.record import as_recorded, device_name, device_of, put_in_place
 from common.types import InitResult, UserLoss
 from papers import initialize, method_of
 from reproduce.bring import Brought, bring_data, bring_loss, bring_model
@@ -118,9 +118,7 @@ def whole(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        put_in_place(partial, path)
     except BaseException:
         with suppress(OSError):
             partial.unlink()

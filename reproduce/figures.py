@@ -7,12 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from common.record import put_in_place
+
 
 def save_png(figure: Figure, path: Path, *, dpi: int) -> None:
     """Write beside the file and rename, so that a figure is never half there."""
     partial = path.with_suffix(".partial")
     figure.savefig(partial, dpi=dpi, format="png")
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def is_number(value: float | None) -> bool:

@@ -208,7 +208,7 @@ def measure_grid(config: Config, model: nn.Module, network: str, batches: Sequen
         for overlap in config.grid_overlaps
     ]
     cells.append(Groups("examples"))
-    values: list[list[float]] = [[] for _ in cells]
+    values: list[list[float | str]] = [[] for _ in cells]
     shared = has_batch_norm(network)
     loss = pure_loss(model, example_losses if shared else classification_loss)
     theta, names = parameters_of(model), gradient_tensors(model, "released")
@@ -216,7 +216,8 @@ def measure_grid(config: Config, model: nn.Module, network: str, batches: Sequen
         of_examples = group_gradients(loss, theta, batch, mode="shared" if shared else "auto", wrt=names)
         for cell, own in zip(cells, values, strict=True):
             means = [tree_map(lambda leaf, k=k: leaf[k].mean(0), of_examples) for k in cell.of(config.batch_size)]
-            own.append(grad_cosine({name: torch.stack([mean[name] for mean in means]) for name in names}).item())
+            GC = grad_cosine({name: torch.stack([mean[name] for mean in means]) for name in names}).item()
+            own.append(as_recorded(GC))
     floors = [grad_cosine_floor(cell.of(config.batch_size)) for cell in cells]
     return [
         asdict(cell) | {"floor": floor, "grad_cosine": own}

@@ -91,7 +91,7 @@ def failure(after: dict[str, Any]) -> str | None:
     values = [value for rows in after.get("measured", {}).values() for row in rows for value in row.values()]
     if all(math.isfinite(float(value)) for value in values):
         return after.get("failed")
-    return "What it left is not finite on every batch that was measured."
+    return "What it left is not finite on one or more of the batches."
 
 
 def _at(records: Records, where: str, floor: float, about: dict[str, Any], batch_size: int) -> dict[str, Any]:
@@ -263,7 +263,8 @@ def draw_grid(axes: Axes, records: Records, rule: str) -> None:
     grids = [record["cells"] for record in records if record["kind"] == "grid"]
     columns = list(zip(*grids, strict=True))
     means = [
-        cells[0] | {"mean": mean_and_deviation([mean_and_deviation(c["grad_cosine"])[0] for c in cells])[0]}
+        cells[0]
+        | {"mean": mean_and_deviation([mean_and_deviation([*map(float, c["grad_cosine"])])[0] for c in cells])[0]}
         for cells in columns
     ]
     splits = dict.fromkeys(cell["splits"] for cell in means if cell["rule"] == rule and cell["splits"] != "examples")

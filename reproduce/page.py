@@ -23,6 +23,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from common.record import put_in_place
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 INK, MUTED, RULE, BACKGROUND = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -319,4 +321,4 @@ def _sorted_by(cell: Cell | str | float | None) -> str:
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, "utf-8", newline="\n")
-    partial.replace(path)
+    put_in_place(partial, path)

@@ -9,8 +9,9 @@ from scipy import stats
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (NaN for a single value)."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    """Mean and sample standard deviation (NaN for a single value, or where one is not finite)."""
+    with np.errstate(invalid="ignore"):
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return float(np.mean(values)), deviation
 
 
@@ -19,11 +20,11 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Student's interval for the mean of after − before, pairs sharing a seed.
 
-    Infinite with fewer than two pairs, and where the differences are all the same and not 0: on few test examples they
-    may be, and nothing is known of their spread.
+    Infinite with fewer than two pairs, where one is not finite, and where the differences are all the same and not 0:
+    on few test examples they may be, and nothing is known of their spread.
     """
     differences = np.subtract(after, before)
-    if len(differences) < 2:
+    if len(differences) < 2 or not np.isfinite(differences).all():
         return -math.inf, math.inf
     if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # but for round-off
         return (-math.inf, math.inf) if differences.any() else (0.0, 0.0)

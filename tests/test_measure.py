@@ -1,6 +1,7 @@
 """What the benchmarks' results file keeps and what of it may be compared."""
 
 import json
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -45,6 +46,14 @@ def test_a_row_that_is_not_measured_again_stays_with_where_it_was_measured(resul
     }  # fmt: skip
     assert (section["machine"], section["batch_size"]) == ("second", 64)
     assert results({"a": 0.1}, save=False) == section
+
+
+def test_a_reader_that_is_gone_costs_no_measurement(results, monkeypatch):
+    results({"a": 0.5})
+    monkeypatch.setattr(measure, "show", lambda *_: sys.exit(1))  # as rich ends on a closed pipe
+    with pytest.raises(SystemExit):
+        results({"a": 0.7})
+    assert json.loads((measure.RESULTS / "name-cpu.json").read_text("utf-8"))["time"]["results"]["a"]["ratio"] == 0.7
 
 
 @pytest.mark.parametrize("other", [{"machine": "second"}, {"batch_size": 64}], ids=str)

@@ -109,8 +109,8 @@ def _tensors_with_law(model: nn.Module, laws: InitDistribution) -> list[str]:
     names = list(laws.sample(model, torch.Generator()))
     if not names:
         raise ValueError(
-            "dimaml: a trainable tensor must have a law, got laws of frozen ones alone. Set `requires_grad` of those "
-            "that are to be learned, or start from laws of others."
+            "dimaml: a trainable tensor must have a law, got none (laws of frozen ones, if any). Set `requires_grad` "
+            "of those that are to be learned, or start from laws of others."
         )
     return names
 
@@ -242,9 +242,10 @@ def dimaml(
         where it was not finite and nothing moved) and `zeroed` (entries of G set to zero). NaN is what was not reached.
 
     Raises:
-        TypeError: A wrapped model; an optimizer of torch.optim; an option of another type.
-        ValueError: An option out of range; nothing to learn; a loss that does not depend on a tensor with a law; tasks
-            that do not fit or end too soon; a captured tensor that requires a gradient; a checkpoint of another run.
+        TypeError: A wrapped model; a loss of another form; an optimizer of torch.optim; an option of another type.
+        ValueError: An option out of range; nothing to learn, or parameters that share memory; a loss that does not
+            depend on a tensor with a law; tasks that do not fit or end too soon; a captured tensor that requires a
+            gradient; a checkpoint of another run.
         NotFiniteError: The first batch's loss, or `patience` meta-steps in a row, are not finite (a ValueError too).
         DerivativeError: A layer stands in the way of a derivative; the message names it.
 

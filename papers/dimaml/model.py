@@ -16,10 +16,10 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from common.functional import check_bare, load_parameters_
+from common.functional import check_bare, load_parameters_, names_of
 from common.initializers import CONVOLUTIONS, RECURRENT, TRANSPOSED
 from common.options import check_choice, check_whole
-from common.scales import Patterns, kinds_of, matches, names_of
+from common.scales import Patterns, kinds_of, matches
 from common.types import InitResult, NotFiniteError, Params
 from papers.dimaml.distributions import PLIF, Family, Normal, Rule, Variant, lacking_spread
 from papers.dimaml.files import read_distribution, write_distribution

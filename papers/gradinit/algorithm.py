@@ -109,10 +109,10 @@ def gradinit(
         `look_ahead_loss` on S̃ or NaN where it was not needed; all *before* the iteration's update) and `skipped`.
 
     Raises:
-        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a step that is neither name nor function;
-            an option of another type.
-        ValueError: An option out of range; nothing to scale; batches that do not fit the model, cannot be halved,
-            change in size or end too soon.
+        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a loss of another form; a step that is
+            neither name nor function; an option of another type.
+        ValueError: An option out of range; nothing to scale, or parameters that share memory; batches that do not fit
+            the model, cannot be halved, change in size or end too soon.
         NotFiniteError: A loss or gradient that is not finite, with the step and the tensors (a ValueError too).
         DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -67,8 +68,10 @@ def noise_batches(
         `(x, y)`: x of shape (batch, *input_shape) y int64 of shape (batch,).
 
     Raises:
-        ValueError: `num_classes` or `batch_size` below 1.
+        TypeError: `input_shape` is no tuple of whole numbers; `generator` is none.
+        ValueError: One of the sizes, `num_classes` or `batch_size` below 1.
     """
+    _check_noise("noise_batches", input_shape, generator)
     if num_classes < 1 or batch_size < 1:
         raise ValueError(
             f"noise_batches: `num_classes` and `batch_size` must be at least 1, got {num_classes} and {batch_size}."
@@ -82,6 +85,17 @@ def noise_batches(
             yield x.to(device), y.to(device)
 
     return draw()
+
+
+def _check_noise(caller: str, input_shape: object, generator: object) -> None:
+    if not isinstance(input_shape, (tuple, list)) or not all(isinstance(size, Integral) for size in input_shape):
+        raise TypeError(
+            f"{caller}: `input_shape` must be a tuple of whole numbers, as in (3, 32, 32), got {input_shape!r}."
+        )
+    if min(input_shape, default=1) < 1:
+        raise ValueError(f"{caller}: sizes in `input_shape` must be 1 or more, got {input_shape}.")
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise TypeError(f"{caller}: `generator` must be a torch.Generator, got {generator!r}.")
 
 
 def sign_momentum_step(
@@ -382,13 +396,7 @@ def _default_noise(
             "metainit: without `batches`, `input_shape` (one example's shape) must be given and `loss_fn` left at its "
             f"default, got input_shape={input_shape}. Pass one of the two."
         )
-    if not (isinstance(input_shape, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in input_shape)):
-        raise TypeError(
-            "metainit: `input_shape` must be a tuple of positive whole numbers, as in (3, 32, 32), got "
-            f"{input_shape!r}."
-        )
-    if not isinstance(generator, (torch.Generator, type(None))):
-        raise TypeError(f"metainit: `generator` must be a torch.Generator, got {generator!r}.")
+    _check_noise("metainit", input_shape, generator)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     if num_classes is None:

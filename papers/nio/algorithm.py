@@ -24,12 +24,13 @@ from common.functional import (
     check_loss,
     check_next_batch,
     classification_loss,
+    names_of,
     pure_loss,
     uses_batch_statistics,
 )
 from common.guard import naming_the_layer
 from common.options import check_choice, check_number, check_positive, check_whole
-from common.scales import Bounds, Branch, Patterns, RescaleAdam, check_patterns, kinds_of, matches, names_of
+from common.scales import Bounds, Branch, Patterns, RescaleAdam, check_patterns, kinds_of, matches
 from common.types import Batch, InitResult, Params, PureLoss, UserLoss
 from papers.nio.batching import Rule, grad_cosine_floor, windows
 from papers.nio.objective import OBJECTIVES, Coupling, Objective, scale_gradients
@@ -123,9 +124,10 @@ def nio(
         the iteration's update) and `skipped`.
 
     Raises:
-        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); an option of another type.
-        ValueError: An option out of range; "examples" where BatchNorm couples them; nothing to scale; batches that do
-            not fit the model, hold one example, change in size or end too soon.
+        TypeError: A wrapped model (DDP, FSDP, DataParallel, `torch.compile`); a loss of another form; an option of
+            another type.
+        ValueError: An option out of range; "examples" where BatchNorm couples them; nothing to scale, or parameters
+            that share memory; batches that do not fit the model, hold one example, change in size or end too soon.
         NotFiniteError: A loss or gradient that is not finite, with the step and the tensors (a ValueError too).
         DerivativeError: A layer stands in the way of a derivative; the message names it, and the way out.
 

@@ -1,6 +1,7 @@
 """Convolution's three maps against torch's own convolution: values, derivatives of each order and kind, under vmap."""
 
 from contextlib import nullcontext
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -33,7 +34,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
+@pytest.mark.parametrize(
+    "function", [F.conv2d, F.conv_transpose2d, partial(F.conv_transpose2d, stride=2, output_padding=1)]
+)
 def test_autocast_within_the_loss_has_torchs_own_derivative(function):
     random = torch.Generator().manual_seed(0)
     x, w = (torch.randn(4, 4, 5, 5, generator=random).float().requires_grad_() for _ in range(2))
@@ -49,6 +52,11 @@ def test_autocast_within_the_loss_has_torchs_own_derivative(function):
     for mine, theirs in zip(ours, gradients(exact=False), strict=True):
         assert mine.dtype == torch.float32
         assert torch.equal(mine, theirs)
+
+
+def test_there_is_no_autocast_where_nothing_is_computed():
+    with exact_derivatives():
+        assert F.conv2d(torch.ones(2, 3, 5, 5, device="meta"), torch.ones(4, 3, 3, 3, device="meta")).shape[1] == 4
 
 
 def test_output_padding_has_a_third_derivative():

@@ -559,6 +559,13 @@ KEYWORDS = {
     "dropout": lambda x: torch.dropout(x, p=0.5, train=True),
     "dropout, off": lambda x: torch.dropout(input=x, p=0.5, train=False),
     "alpha dropout": lambda x: torch.alpha_dropout(x, p=0.5, train=True),
+    "cells": lambda x: torch.stack(
+        [
+            torch.rnn_tanh_cell(input=x[0], hx=x[1], w_ih=torch.eye(FEATURES), w_hh=torch.eye(FEATURES)),
+            torch.gru_cell(x[0], hx=x[1], w_ih=torch.ones(9, FEATURES), w_hh=torch.ones(9, FEATURES)),
+            *torch.lstm_cell(x[0], hx=(x[1], x[2]), w_ih=torch.ones(12, FEATURES), w_hh=torch.ones(12, FEATURES)),
+        ]
+    ),
     "layer norm": lambda x: torch.layer_norm(input=x, normalized_shape=(FEATURES,), cudnn_enable=False),
     "instance norm": lambda x: torch.instance_norm(
         input=x, weight=None, bias=None, running_mean=None, running_var=None, use_input_stats=True, momentum=0.1,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.testing import assert_close
 
+from common import functional
 from common.derivatives import gradient, group_gradients, taped_gradient
 from common.exact import exact_derivatives
 from common.functional import (
@@ -25,6 +26,7 @@ from common.functional import (
     check_bare,
     check_devices,
     check_first_batch,
+    check_loss,
     classification_loss,
     in_evaluation_mode,
     load_parameters_,
@@ -702,8 +704,10 @@ def test_a_loss_is_a_function_of_model_and_batch():
         TypeError, match=r"got CrossEntropyLoss, a function of outputs.*`lambda model, batch: criterion"
     ):
         pure_loss(model, nn.CrossEntropyLoss())
-    with pytest.raises(TypeError, match=r"got list\. Batches come after it, or by name: `batches=\.\.\.`"):
+    with pytest.raises(TypeError, match=r"got list\. Batches come after it\."):
         pure_loss(model, [(torch.ones(2, 6), torch.tensor([0, 1]))])
+    own = type("Own", (nn.CrossEntropyLoss,), {"forward": lambda self, model, batch: model(batch).mean()})
+    check_loss(own(), "nio")  # a module of the user's, with class weights, say
 
 
 def tied_in_memory(tie) -> nn.Module:
@@ -739,7 +743,9 @@ MEMORY = {
     "a column": (share_a_column, True),
     "interleaved": (interleave, False),
     "one piece": (lay_out_in_one_piece, False),
-    "frozen": (freeze_one, False),
+    "frozen": (freeze_one, True),
+    "both frozen": (lambda e, linear: (freeze_one(e, linear), linear.weight.requires_grad_(False)), False),
+    "another type": (lambda e, _: setattr(e, "turned", nn.Parameter(e.weight.data.view(torch.int32), False)), True),
     "one parameter": (lambda embedding, linear: setattr(linear, "weight", embedding.weight), False),
 }
 
@@ -748,7 +754,7 @@ MEMORY = {
 def test_parameters_that_share_memory_are_refused_by_name(case):
     tie, shared = MEMORY[case]
     model = tied_in_memory(tie)
-    other = "0.turned" if case == "transposed" else "1.weight"
+    other = "0.turned" if case in ("transposed", "another type") else "1.weight"
     message = rf"nio: parameters must not share memory, got '0.weight' and '{other}'\. To tie them"
     with pytest.raises(ValueError, match=message) if shared else nullcontext():
         check_apart(model, "nio")
@@ -764,6 +770,14 @@ def test_a_parameter_that_is_expanded_shares_no_memory_with_its_neighbour():
         check_apart(layer, "nio")
 
 
+def test_neighbours_in_one_piece_of_memory_cost_nothing(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    monkeypatch.setattr(functional, "_share_entries", partial(pytest.fail, "looked at entry by entry"))
+    check_apart(model, "nio")
+
+
 def test_weights_of_recurrent_layers_are_not_laid_out_anew_for_cudnn(monkeypatch):
     # on a GPU that reads addresses, which tensors under torch.func do not have, and writes into the caller's
     model = nn.LSTM(3, 4, num_layers=2)
@@ -776,19 +790,37 @@ def test_weights_of_recurrent_layers_are_not_laid_out_anew_for_cudnn(monkeypatch
         assert_close(slope, expected)
 
 
-def test_saved_tensor_hooks_around_a_call_are_refused():
-    model = nn.Sequential(nn.Linear(6, 3))
-    x = torch.randn(3, 6), torch.tensor([0, 1, 2])
-    with (
-        torch.autograd.graph.save_on_cpu(),
-        pytest.raises(
-            DerivativeError, match=r"pure_loss: it must be called outside of saved-tensor hooks.*save_on_cpu"
-        ),
-    ):
-        pure_loss(model)(parameters_of(model), x)
-    pure_loss(model)(parameters_of(model), x)  # and they are on again
-    with torch.autograd.graph.save_on_cpu():
-        model(x[0]).sum().backward()
+@pytest.mark.parametrize("around", ["checkpoint", "save_on_cpu"])
+def test_a_whole_call_may_be_recomputed_or_saved_elsewhere(around):
+    model, batch = nn.Sequential(nn.Linear(6, 3)), (torch.randn(3, 6), torch.tensor([0, 1, 2]))
+    loss = pure_loss(model)
+    params = {name: (2 * leaf).requires_grad_() for name, leaf in parameters_of(model).items()}
+    if around == "checkpoint":
+        value = torch.utils.checkpoint.checkpoint(lambda p: loss(p, batch), params, use_reentrant=False)
+        value.backward()
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            loss(params, batch).backward()
+    expected = gradient(loss, {name: leaf.detach() for name, leaf in params.items()}, batch)
+    for name, leaf in params.items():
+        assert_close(leaf.grad, expected[name])
+    with torch.autograd.graph.save_on_cpu():  # which are on again after a call
+        model(batch[0]).sum().backward()
+
+
+def test_on_an_error_a_sparse_buffer_hides_nothing():
+    model = nn.Linear(2, 2)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    model.register_buffer("count", torch.zeros(1))
+
+    def interrupted():
+        with unchanged_on_error(model.buffers()):
+            model.count += 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert model.count == 0
 
 
 # ---------------------------------------------------------------------------------------------- the first batch

@@ -97,6 +97,16 @@ def test_fan_in_of_a_matrix_that_is_held_the_other_way_round():
     assert fan_in(nn.LayerNorm((4, 6)), torch.zeros(4, 6)) is None
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(0, 3), lambda: nn.Linear(3, 0)], ids=["inputs", "outputs"])
+def test_a_layer_without_entries_has_no_ratio(layer):
+    model = nn.Module()
+    model.used, model.empty = nn.Linear(2, 1), layer()
+    rows = by_name(layer_scales(model, lambda m, x: m.used(x).mean(), X))
+    assert rows["empty"]["kaiming_ratio"] is None
+    assert fan_in(nn.Conv2d(3, 2, 5), torch.empty(0, 3, 5, 5)) == 75
+
+
 def test_a_parametrised_weight_counts_as_the_forward_pass_sees_it():
     layer = nn.utils.parametrizations.weight_norm(linear([[3.0, 4.0]], [0.0]))
     with torch.no_grad():

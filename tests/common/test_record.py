@@ -302,8 +302,13 @@ def test_a_summary_cut_off_while_written_does_not_count(folder, monkeypatch):
 
 def test_what_takes_a_files_place_is_on_disk_before_it_does(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(record_module.os, "fsync", lambda descriptor: calls.append(os.fstat(descriptor).st_ino))
     partial, path = tmp_path / "a.partial", tmp_path / "a.json"
+
+    def fsync(descriptor):
+        assert path.read_text("utf-8") == "old"
+        calls.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(record_module.os, "fsync", fsync)
     partial.write_text("new", "utf-8")
     path.write_text("old", "utf-8")
     number = partial.stat().st_ino

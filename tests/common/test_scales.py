@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from common import scales as module
-from common.scales import RescaleAdam, bounds_of, kinds_of, names_of, scalable_tensors, scaled
+from common.functional import names_of
+from common.scales import RescaleAdam, bounds_of, kinds_of, scalable_tensors, scaled
 from tests.mutation import mutated, survives
 
 

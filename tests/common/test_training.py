@@ -233,6 +233,17 @@ def test_optimisers_and_groups_by_their_formulas(optimizer):
         assert_close(dict(model.named_parameters())[name], leaf, rtol=1e-9, atol=1e-12)
 
 
+def test_a_tied_parameter_is_meant_by_each_of_its_names():
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+    model["head"].weight = model["embedding"].weight
+    config = TrainingConfig(epochs=1, no_decay=("head.weight",), lr_factors=(("head.w*", 0.5),), weight_decay=0.1)
+    groups = make_optimizer(model, config).param_groups
+    assert [(g["weight_decay"], g.get("lr_factor", 1), len(g["params"])) for g in groups] == [
+        (0.0, 0.5, 1),
+        (0.1, 1, 1),
+    ]
+
+
 def test_the_default_optimiser_is_one_group_of_plain_sgd():
     # a checkpoint of a plain run holds what it has always held
     model = make_model()

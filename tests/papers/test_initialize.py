@@ -416,6 +416,11 @@ def test_a_loss_of_the_model_itself_is_refused_and_leaves_its_statistics(method)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
+def test_lsuv_is_told_a_criterion_too():
+    with pytest.raises(TypeError, match=r"lsuv: `loss_fn` must be .*got CrossEntropyLoss, a function of outputs"):
+        initialize(mlp(4, 3), "lsuv", nn.CrossEntropyLoss(), batches())
+
+
 @pytest.mark.parametrize("method", LEARNED)
 def test_slips_in_the_arguments_are_told(method):
     model = mlp(4, 3)

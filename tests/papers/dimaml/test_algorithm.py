@@ -1416,11 +1416,11 @@ def test_laws_of_frozen_tensors_alone_leave_nothing_to_learn():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
     laws = InitDistribution.from_model(model)
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"dimaml: a trainable tensor must have a law, got laws of frozen ones alone"):
+    with pytest.raises(ValueError, match=r"dimaml: a trainable tensor must have a law, got none \(laws of frozen"):
         dimaml(model, task_sampler=[GOOD], start=laws, meta_steps=1, **OPTIONS)
     model[1].requires_grad_(True)
     first = InitDistribution({key: law for key, law in laws.families.items() if key.startswith("0.")})
-    with pytest.raises(ValueError, match=r"dimaml: a trainable tensor must have a law, got laws of frozen ones alone"):
+    with pytest.raises(ValueError, match=r"dimaml: a trainable tensor must have a law, got none \(laws of frozen"):
         dimaml(model, task_sampler=[GOOD], start=first, meta_steps=1, **OPTIONS)
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -506,15 +507,23 @@ def test_options_of_another_type_are_refused(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_shape": 4}, r"`input_shape` must be a tuple of positive whole numbers, .* got 4"),
-        ({"input_shape": (4, 0)}, r"`input_shape` must be a tuple of positive whole numbers, .* got \(4, 0\)"),
+        ({"input_shape": 4}, r"`input_shape` must be a tuple of whole numbers, .* got 4"),
+        ({"input_shape": (4.0,)}, r"`input_shape` must be a tuple of whole numbers, .* got \(4\.0,\)"),
+        ({"input_shape": (4, 0)}, r"sizes in `input_shape` must be 1 or more, got \(4, 0\)"),
         ({"input_shape": (4,), "generator": 0}, r"`generator` must be a torch\.Generator, got 0"),
     ],
     ids=str,
 )
 def test_noise_has_a_shape_and_a_generator(options, message):
-    with pytest.raises(TypeError, match=f"metainit: {message}"):
+    kind = ValueError if "sizes" in message else TypeError
+    with pytest.raises(kind, match=f"metainit: {message}"):
         metainit(mlp(4, 6, 3), steps=1, **(options | QUIET))
+    with pytest.raises(kind, match=f"noise_batches: {message}"):
+        noise_batches(**({"generator": torch.Generator()} | options), num_classes=3, batch_size=2)
+
+
+def test_a_shape_may_be_of_numpys_numbers():
+    metainit(mlp(4, 6, 3), input_shape=tuple(np.array([4])), steps=1, **QUIET)
 
 
 @pytest.mark.parametrize(("form", "order"), [("taylor", 3), ("step", 2)])
