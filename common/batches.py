@@ -1,8 +1,9 @@
-"""Batches of any nesting: tuples, lists, dictionaries, and Hugging Face's, which torch's pytrees take for leaves."""
+"""Batches of any nesting: tuples, lists, dictionaries; dataclasses and others that torch's pytrees take for leaves."""
 
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,16 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
         if isinstance(leaf, UserDict):  # transformers.BatchEncoding and its like
             mapped = copy.copy(leaf)
             mapped.data = map_tensors(function, dict(leaf.data))
+            return mapped
+        if isinstance(leaf, (dict, list)):  # of a class of their own, which pytrees do not know
+            mapped = copy.copy(leaf)
+            for key in leaf if isinstance(leaf, dict) else range(len(leaf)):
+                mapped[key] = map_tensors(function, leaf[key])
+            return mapped
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            mapped = copy.copy(leaf)
+            for field in fields(leaf):  # of a frozen one too
+                object.__setattr__(mapped, field.name, map_tensors(function, getattr(leaf, field.name)))
             return mapped
         return leaf
 
@@ -115,6 +126,8 @@ def count_examples(batch: Batch, caller: str) -> int:
 def _check_lists(part: Any, length: int, caller: str) -> None:
     """A list with an entry an example cannot be told from options that belong to all, and would not be divided."""
     inner = list(part.values()) if isinstance(part, (dict, UserDict)) else part
+    if is_dataclass(part) and not isinstance(part, type):
+        inner = [getattr(part, field.name) for field in fields(part)]
     if not isinstance(inner, (list, tuple)):
         return
     if isinstance(part, (list, tuple)) and len(part) == length > 1 and not tensors_of(list(part)):

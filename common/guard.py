@@ -264,7 +264,7 @@ class _Problem:
     def check(self, quantity: str, tolerance: float) -> Check:
         try:
             return _CHECKS[quantity](self, tolerance)
-        except (RuntimeError, ValueError) as error:  # refused: the report says why
+        except Exception as error:  # refused, by whatever a model raises on single examples: the report says why
             return Check(float("nan"), tolerance, _in_short(error))
 
     def gradient(self, tolerance: float) -> Check:

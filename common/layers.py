@@ -349,7 +349,7 @@ class _Watch:
     def _activation(self, name: str, kind: str, phi: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
         """Slope and size of an activation, unit by unit, taken before the call, which may overwrite its input."""
         self.last = _Seen(name, kind)  # kept only where the input is a tensor that has slopes
-        if not inputs or not inputs[0].is_floating_point():
+        if not inputs or not inputs[0].is_floating_point() or not inputs[0].numel():  # an expert without examples
             return
         self.inside += 1
         try:

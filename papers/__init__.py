@@ -33,7 +33,6 @@ from common.functional import (
 from common.initializers import INITIALIZERS
 from common.options import check_whole
 from common.precision import full_precision
-from common.tree import tree_norms
 from common.types import Batch, InitResult, Params, UserLoss
 
 __all__ = ["METHODS", "Method", "initialize", "method_of"]
@@ -318,8 +317,8 @@ def _baseline(
         with torch.no_grad():
             for name in frozen:
                 put_back_(own[name], before[name])
-    written = [name for name in written if name not in frozen]
-    scales = _ratios(before, parameters_of(model), written)
+        written = [name for name in written if name not in frozen]
+        scales = {name: _ratio(before[name], own[name].detach()) for name in written}
     return InitResult(scales, [], {name: _why(leaf) for name, leaf in own.items() if name not in written})
 
 
@@ -346,15 +345,10 @@ def _first(model: nn.Module, batches: Iterable[Batch] | None, loss_fn: UserLoss)
     raise ValueError("lsuv: `batches` must hold a batch, got none. Likely cause: an iterator that is used up.")
 
 
-def _ratios(old: Params, new: Params, names: list[str]) -> dict[str, float]:
-    if not names:
-        return {}
-    long = {name: torch.promote_types(new[name].dtype, torch.float32) for name in names}  # float16's squares overflow
-    pairs = (tree_norms({name: tree[name].to(long[name]) for name in names}).tolist() for tree in (new, old))
-    return {
-        name: after / start if start else math.inf if after else 1.0
-        for name, after, start in zip(names, *pairs, strict=True)
-    }
+def _ratio(old: Tensor, new: Tensor) -> float:
+    long = torch.promote_types(new.dtype, torch.float32)  # float16's squares overflow
+    start, after = (torch.linalg.vector_norm(leaf.to(long)).item() for leaf in (old, new))
+    return after / start if start else math.inf if after else 1.0
 
 
 @contextmanager

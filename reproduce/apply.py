@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from common.record import as_recorded, device_name, device_of, put_in_place
 from common.types import InitResult, UserLoss
 from papers import initialize, method_of
-from reproduce.bring import Brought, bring_data, bring_loss, bring_model
+from reproduce.bring import Brought, bring_data, bring_loss, bring_model, describe_model
 from reproduce.command import NOTHING, end_well, options_of
 
 EXPERIMENT = "apply"
@@ -201,8 +201,10 @@ def run(config: Config) -> InitResult:
     )  # fmt: skip
     model = bring_model(config.model, data, seed=config.seed, options=model_options)
     loss_fn = bring_loss(config.loss, data, model)
+    description = describe_model(config.model, model, data)
+    console.print(f"Model: {description}.", markup=False)
     console.print(f"Data: {data.identity}.", markup=False)
-    console.print(f"Device: {device_name(device)}. Initialising {config.model} by {method.title}.", markup=False)
+    console.print(f"Device: {device_name(device)}. Initialising by {method.title}.", markup=False)
     start = time.perf_counter()
     result = apply(model, loss_fn, data, config.method, options, seed=config.seed, quiet=config.quiet)
     record = {
@@ -213,6 +215,7 @@ def run(config: Config) -> InitResult:
         "last": result.history[-1] if result.history else None,
         "seconds": time.perf_counter() - start,
         "config": asdict(config),
+        "model": description,
         "data": {"identity": data.identity, **data.record},
         "device": device_name(device),
         "versions": versions(),

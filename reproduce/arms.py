@@ -432,11 +432,10 @@ class Initialise:
             weights = {name: leaf.cpu() for name, leaf in parameters_of(model).items()}
             about = {"format": "learned-init weights 1", "method": self.arm, "seed": str(self.seed)}
             Run(bench.folder, []).save_tensors(weights_of(self.arm, self.seed), weights, about)
-            try:
-                with full_precision(bench.data.device):
-                    record["layers"] = described(model, loss_fn, bench.data.example)
-            except DerivativeError as error:  # of a model that can be trained nevertheless
-                record["layers_error"] = _message_of(error)
+            with full_precision(bench.data.device):
+                rows, failure = attempt(lambda: described(model, loss_fn, bench.data.example))
+            # a model that cannot be described may be trained nevertheless
+            record |= {"layers": rows} if failure is None else {"layers_error": failure}
         advance(1.0)
         return record
 

@@ -8,8 +8,7 @@ weights can be taken there.
 import difflib
 import inspect
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batches import count_examples, map_tensors
-from common.functional import check_bare, classification_loss
+from common.functional import check_bare, classification_loss, in_evaluation_mode
 from common.networks import NETWORKS, Autoencoder, CharLSTM, make_network, reconstruction_loss
 from common.types import Batch, UserLoss
 from reproduce.bring_data import CHARACTERS, IGNORED, WINDOW, Brought, bring_data, call_named, is_pair, named, takes
@@ -64,10 +63,14 @@ def bring_model(spec: str, data: Brought, *, seed: int, options: Mapping[str, An
         torch.manual_seed(seed)  # on the CPU, where libraries build: the same weights on every device
         try:
             model = build(spec if is_user else name, data, dict(options))
-        except TypeError as error:
+        except (ValueError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # libraries say in many ways that an option does not fit
             if is_user:
                 raise
-            raise ValueError(f"bring_model: {spec} must take the options {dict(options)}, got: {error}") from error
+            raise ValueError(
+                f"bring_model: {spec} must take the options {dict(options)}, got {type(error).__name__}: {error}"
+            ) from error
     check_bare(model, "bring_model")
     model = model.to(data.device)
     if not is_user:  # how a user's model is called is known to the user's loss alone
@@ -150,7 +153,9 @@ def _torchvision(name: str, data: Brought, options: dict[str, Any]) -> nn.Module
         if name in torchvision.models.list_models():
             raise ValueError(
                 f"bring_model: `model` must be an image classifier, got torchvision:{name}, which detects, segments, "
-                "or takes video or quantised numbers. Bring it as package.module:callable, with data and a loss."
+                "or takes video or quantised numbers. Bring one that segments or takes video as "
+                "package.module:callable, with data and a loss. A detector has a loss in training mode only, in which "
+                "none is initialised."
             )
         raise ValueError(f"bring_model: torchvision must have the model, got {name!r}.{_nearest(name, classifiers)}")
     if name in ("googlenet", "inception_v3"):
@@ -302,7 +307,8 @@ def keyword_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def _with_keywords(model: nn.Module, batch: Batch) -> Outcome:
     keywords = batch
-    is_text = is_pair(batch) and not batch[0].is_floating_point()
+    # as `Brought.is_text`: a pair of whole numbers with a label each is another task
+    is_text = is_pair(batch) and not batch[0].is_floating_point() and batch[1].ndim == 2
     if is_text:
         ids = torch.cat([batch[0], batch[1][:, -1:]], 1)
         keywords = {"input_ids": ids, "labels": ids}
@@ -318,8 +324,14 @@ def _with_keywords(model: nn.Module, batch: Batch) -> Outcome:
     logits, labels = getattr(output, "logits", None), keywords.get("labels")
     if is_text and logits is not None:
         return Outcome(loss, logits[:, :-1].transpose(1, 2), batch[1])
-    is_plain = isinstance(logits, Tensor) and isinstance(labels, Tensor) and (logits.ndim, labels.ndim) == (2, 1)
-    return Outcome(loss, logits, labels) if is_plain else Outcome(loss, None, None)
+    return Outcome(loss, logits, labels) if _are_of_classes(logits, labels) else Outcome(loss, None, None)
+
+
+def _are_of_classes(logits: object, labels: object) -> bool:
+    """Logits (b, classes) and labels (b,), whole numbers: not a regression's."""
+    if not (isinstance(logits, Tensor) and isinstance(labels, Tensor) and (logits.ndim, labels.ndim) == (2, 1)):
+        return False
+    return logits.shape[1] > 1 and not labels.is_floating_point()
 
 
 def _has_own_loss(model: nn.Module) -> bool:
@@ -356,7 +368,7 @@ def bring_loss(spec: str | None, data: Brought, model: nn.Module) -> UserLoss:
     else:
         loss_fn, what, batch = named(spec, "loss", "bring_loss"), spec, data.example
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), in_evaluation_mode(model):
             value = loss_fn(model, batch)
     except Exception as error:  # a user's code may raise anything
         raise ValueError(
@@ -404,7 +416,7 @@ def evaluate(model: nn.Module, loss_fn: UserLoss, data: Brought) -> dict[str, fl
         ValueError: There is no test example.
     """
     losses, correct, labels, examples = [], [], [], 0
-    with _evaluating(model):
+    with in_evaluation_mode(model):
         for batch in data.test_batches():
             n = count_examples(batch, "evaluate")
             outcome = _measured(model, loss_fn, batch)
@@ -421,17 +433,6 @@ def evaluate(model: nn.Module, loss_fn: UserLoss, data: Brought) -> dict[str, fl
     return metrics
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _few(leaf: Tensor) -> Tensor:
     return leaf[:2]
 
@@ -445,7 +446,7 @@ def _check_fit(spec: str, model: nn.Module, data: Brought) -> None:
         else "Is it made for such data?"
     )
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), in_evaluation_mode(model):
             output = model(batch[0])
     except Exception as error:  # what a layer makes of a shape that it was not made for
         raise ValueError(
@@ -461,4 +462,21 @@ def _check_fit(spec: str, model: nn.Module, data: Brought) -> None:
         raise ValueError(
             f"bring_model: {spec} must return logits of {data.num_classes} classes, got {got} for {len(batch[0])} "
             "examples. A model that returns something else is brought as package.module:callable, with a loss."
+        )
+    if data.is_text and logits is not output:
+        _check_causal(spec, model, batch[0], logits)
+
+
+@torch.no_grad()
+def _check_causal(spec: str, model: nn.Module, ids: Tensor, logits: Tensor) -> None:
+    """A model of transformers: what a character's logits depend on must not hold the next one, their label."""
+    half = ids.shape[1] // 2
+    others = torch.cat([ids[:, :half], (ids[:, half:] + 1) % logits.shape[-1]], 1)
+    with in_evaluation_mode(model):
+        change = (model(others).logits - logits).float().abs()
+    if change[:, :half].max() > 1e-4 * change[:, half:].max():  # more than round-off
+        raise ValueError(
+            f"bring_model: {spec} must be a causal language model, got {type(model).__name__}, whose logits depend on "
+            "characters that follow. Set is_decoder=true in its configuration or name a causal class under "
+            "`architectures`; for another objective bring model, data and loss as package.module:callable."
         )

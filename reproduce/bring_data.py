@@ -6,9 +6,11 @@ Axes: b batch, h height, w width, t characters of a window.
 import hashlib
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +42,10 @@ WINDOW = 100
 IMAGE_BATCH, TEXT_BATCH = 128, 32
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
+IGNORED_IN_MASKS = 255
+"""What stands for it in many published masks of segmentation."""
+PATIENCE_SECONDS = 20.0
+"""How long a data set is counted without a word."""
 
 
 class Source(Protocol):
@@ -482,19 +488,35 @@ def _sizes(spec: str, loader: Any, caller: str) -> tuple[Batch, int, int | None]
         raise ValueError(f"{caller}: {what} must give a batch, got none. Is its data set empty?")
     _check_batch(first, f"batch 1 of {what}", None, caller)
     is_labelled = _labels(first) is not None
-    classes = getattr(getattr(loader, "dataset", None), "classes", None)  # as torchvision's data sets have it
+    dataset = getattr(loader, "dataset", None)
+    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):  # a subset of one that has them
+        dataset = dataset.dataset  # pyright: ignore[reportOptionalMemberAccess]
+    classes = getattr(dataset, "classes", None)  # as torchvision's data sets have it
     try:
         steps = len(loader)
     except TypeError:  # no length, or a DataLoader of a data set without one
         steps = None
     if steps is not None and (classes is not None or not is_labelled):
         return first, steps, len(classes) if classes is not None and is_labelled else None
-    number, largest = 0, -1
+    number, met, asked_at = 0, torch.zeros(0, dtype=torch.int64), time.monotonic()
     for number, batch in enumerate(_gone_through(caller, what, loader, 0), 1):
         _check_batch(batch, f"batch {number} of {what}", None, caller)
         labels = _labels(batch)
-        largest = largest if labels is None or not labels.numel() else max(largest, int(labels.max()))
-    return first, number, largest + 1 if is_labelled else None
+        met = met if labels is None else torch.cat([met, labels.cpu()]).unique()
+        if time.monotonic() - asked_at > PATIENCE_SECONDS:
+            asked_at = math.inf
+            warnings.warn(
+                f"{caller}: {what} is gone through to count its batches and classes, {number:,} batches so far. If it "
+                "has no end, give its data set a length; a data set's `classes` need no counting.",
+                stacklevel=4,
+            )
+    classes = int(met[-1]) + 1 if len(met) else 0
+    if classes == IGNORED_IN_MASKS + 1 and IGNORED_IN_MASKS - 1 not in met:
+        raise ValueError(
+            f"{caller}: labels must number the classes without gaps, got {IGNORED_IN_MASKS} and none below it down to "
+            f"{int(met[-2]) if len(met) > 1 else 0} in {what}. Mark what is to be ignored by {IGNORED}."
+        )
+    return first, number, classes if is_labelled else None
 
 
 def _digest(batches: list[Batch], *, content: bool = True) -> str:

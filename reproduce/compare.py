@@ -47,6 +47,7 @@ from common.options import check_positive, check_whole
 from common.record import Run, device_name, device_of, write_environment
 from papers import METHODS
 from reproduce.arms import FEWEST_STEPS, METHOD_OPTION, Bench, Config, Initialise, Timing, Train, Trial, needs_trial
+from reproduce.bring import describe_model
 from reproduce.command import begin, end_well, make_progress, options_of, parse
 from reproduce.compare_page import write_report
 from reproduce.compare_report import print_report, summarise
@@ -250,10 +251,14 @@ def run(config: Config) -> dict[str, Any]:
     write_environment(folder, bench.data.record | {"identity": bench.data.identity}, device)
     console.print(f"Data: {bench.data.identity}.", markup=False)
     console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}", markup=False)
-    bench.draw(0)  # a model or loss that cannot be had says so now
+    model, _ = bench.draw(0)  # a model or loss that cannot be had says so now
+    description = describe_model(config.model, model, bench.data)
+    console.print(f"Model: {description}.", markup=False)
     with make_progress(quiet=config.quiet) as progress:
         compute(config, folder, bench, progress, console)
-    return report(config, folder, console, {"data": bench.data.identity, "device": device_name(device)})
+    return report(
+        config, folder, console, {"model": description, "data": bench.data.identity, "device": device_name(device)}
+    )
 
 
 def report(config: Config, folder: Run, console: Console, about: dict[str, Any]) -> dict[str, Any]:

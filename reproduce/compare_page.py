@@ -353,8 +353,8 @@ def _method_parts(
     )
     said = " ".join([f"Seeds {', '.join(map(str, summary['seeds']))}. {fixed}", *unpaired(summary)])
     yield Prose(
-        f"Data: {environment['data']['identity']}\n\n{said} Every number of this page is in results.csv, beside it, or "
-        "follows from those."
+        f"Model: {summary['model']}.\n\nData: {environment['data']['identity']}\n\n{said} Every number of this page is "
+        "in results.csv, beside it, or follows from those."
     )
     yield Code(json.dumps(config, indent=2, default=str))
 

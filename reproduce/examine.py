@@ -43,7 +43,7 @@ from papers.metainit.objective import diagnostics
 from papers.nio import grad_cosine_floor, gradient_tensors, windows
 from papers.nio.objective import statistics
 from reproduce.apply import apply
-from reproduce.bring import bring_data, bring_loss, bring_model, describe_model
+from reproduce.bring import bring_data, bring_loss, bring_model, describe_model, keyword_loss
 from reproduce.command import begin, end_well, make_progress, options_of
 from reproduce.examine_report import TABLES, findings_of, print_report, write_report
 
@@ -350,7 +350,7 @@ def examine(
         if reason is None:
             try:
                 result[part] = measure()
-            except (RuntimeError, ValueError, TypeError, MemoryError) as error:  # the page says why
+            except Exception as error:  # whatever a model raises on a piece of its batch: the page says why
                 reason = in_short(error)
         if reason is not None:
             result["refused"][part] = reason
@@ -368,7 +368,7 @@ def where_not_finite(problem: Problem, layers: Layers, refused: Mapping[str, str
         return None
     try:
         return find_not_finite(problem)
-    except (RuntimeError, ValueError, TypeError, MemoryError):  # found all the same: the layers say about where
+    except Exception:  # found all the same: the layers say about where
         return {"parameters": [], "operation": None}
 
 
@@ -435,7 +435,7 @@ def run(config: Config) -> dict[str, Any]:
             model,
             loss_fn,
             first_examples(next(iter(data.init_batches(seed=config.seed))), config.batch_size),
-            num_classes=data.num_classes if config.loss is None else None,
+            num_classes=data.num_classes if loss_fn in (classification_loss, keyword_loss) else None,
             derivatives=config.derivatives,
             on_part=lambda part: progress.update(bar, description=part, completed=next(done)),
         )

@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from threading import Thread
@@ -73,7 +74,8 @@ class Workers:
         for index in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, partial(make, index), threads))
-            process.start()
+            with _deaf_to_interrupts():
+                process.start()
             theirs.close()  # or the end of the worker would go unnoticed
             self.processes[ours] = process
 
@@ -158,9 +160,18 @@ class Workers:
         )
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches the whole group, and the parent decides: what is begun in here ignores it from its first line."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _work(connection: Connection, make: Callable[[], Do], threads: int) -> None:
     """What a worker does: one unit after another, until it is ended. A unit None only makes it ready."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     tell_warnings()

@@ -133,6 +133,14 @@ def test_an_activation_with_parameters_is_one_row():
     assert cut.without_gradient == {"0.weight": "detached", "0.bias": "detached", "1.weight": "zero"}
 
 
+def test_an_expert_without_examples_is_no_error():
+    model = nn.ModuleList([nn.Sequential(linear([[1.0, 2.0]], [0.0]), nn.ReLU()) for _ in range(2)])
+    rows = by_name(layer_scales(model, lambda m, x: m[0](x).mean() + m[1](x[:0]).sum(), X))
+    assert rows["0.1"]["units"] == 1
+    assert "1.1" not in rows
+    assert not rows["1.0"]["called"]
+
+
 def test_layers_are_what_holds_parameters_and_works_by_itself():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.MultiheadAttention(4, 2), nn.LSTM(2, 3), nn.ReLU())
     assert list(layers_of(model)) == ["0.0", "1", "2"]

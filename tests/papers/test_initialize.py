@@ -164,6 +164,15 @@ def test_a_tied_tensor_is_written_once_and_stays_tied():
     assert model.output.weight is model.embedding.weight
 
 
+def test_an_error_after_the_rule_leaves_the_model_as_it_was(monkeypatch):
+    model = mlp(4, 7, 3)
+    before = state_of(model)
+    monkeypatch.setattr(papers, "_ratio", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        initialize(model, "kaiming")
+    assert_same_state(model, before)
+
+
 def test_scales_are_right_in_short_types():
     model = nn.Sequential(nn.Linear(30, 40, bias=False))
     with torch.no_grad():

@@ -7,6 +7,7 @@ import random
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -26,6 +27,7 @@ from common.functional import classification_loss, parameters_of, pure_loss
 from common.networks import make_network, reconstruction_loss
 from data import character_vocabulary, load_images, load_text
 from papers import _tasks_of
+from reproduce import bring_data as bring_data_module
 from reproduce.bring import bring_data, bring_loss, bring_model, describe_model, evaluate, keyword_loss
 from tests.data.conftest import alone, closed_port  # noqa: F401 - fixtures
 
@@ -693,7 +695,8 @@ def test_a_vision_transformer_keeps_224_unless_it_is_asked_for_another_size():
     ("spec", "options", "message"),
     [
         ("resnet-21", {}, r"bring_model: `model` must be one of charlstm.*`depth` must be 6n \+ 2"),
-        ("plain-5-8", {"depht": 3}, "plain-5-8 must take the options {'depht': 3}, got: .*depht"),
+        ("plain-5-8", {"depht": 3}, "plain-5-8 must take the options {'depht': 3}, got TypeError: .*depht"),
+        ("torchvision:vit_b_16", {"image_size": 100}, "must take the options {'image_size': 100}, got AssertionError"),
         ("charlstm", {}, "charlstm needs characters, got digits"),
         ("torchvision:resnet19", {}, "torchvision must have the model, got 'resnet19'. Did you mean resnet18"),
         ("torchvision:inception_v3", {}, "must return its logits alone, got torchvision:inception_v3"),
@@ -876,6 +879,121 @@ def test_evaluation_averages_over_examples_and_leaves_the_model_as_it_was():
     with pytest.raises(RuntimeError, match="from the loss"):
         evaluate(model, lambda model, batch: (_ for _ in ()).throw(RuntimeError("from the loss")), data)
     assert model.training
+
+
+BERT = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8,
+        "max_position_embeddings": 128, "model_type": "bert"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (BERT, True),
+        (BERT | {"architectures": ["BertForMaskedLM"]}, True),
+        (BERT | {"is_decoder": True}, False),
+        (GPT, False),
+    ],
+    ids=["both ways", "masked", "decoder", "gpt2"],
+)
+def test_a_language_model_that_sees_what_follows_is_refused(config, refused):
+    data = brought("pydoc", train_examples=4, test_examples=3, batch_size=2)
+    message = r"must be a causal language model, got Bert.*, whose logits depend on characters that follow\. Set is_dec"
+    with pytest.raises(ValueError, match=message) if refused else nullcontext():
+        bring_model(write_config(**config), data, seed=0)
+
+
+def test_a_sequence_of_symbols_with_one_label_is_no_language_model(user):
+    name = user("""
+        from types import SimpleNamespace
+        class Model(nn.Module):
+            main_input_name, config = "ids", None
+            def __init__(self):
+                super().__init__()
+                self.embedding = nn.Embedding(7, 3)
+            def forward(self, ids, labels=None):
+                logits = self.embedding(ids).mean(1)
+                loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+                return SimpleNamespace(loss=loss, logits=logits)
+        def make():
+            g = torch.Generator().manual_seed(0)
+            batch = torch.randint(7, (4, 5), generator=g), torch.tensor([0, 1, 2, 0])
+            return [batch], [batch]
+    """)
+    data = brought(f"{name}:make")
+    model = bring_model(f"{name}:Model", data, seed=0)
+    assert bring_loss(None, data, model) is keyword_loss
+    (x, y) = data.example
+    share = (model(x).logits.argmax(1) == y).double().mean().item()
+    assert evaluate(model, keyword_loss, data)["test_accuracy"] == share
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_regression_has_no_accuracy(user, outputs):
+    name = user(f"""
+        from types import SimpleNamespace
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(3, {outputs})
+            def forward(self, x, labels):
+                logits = self.layer(x)
+                return SimpleNamespace(loss=(logits.mean(1) - labels).square().mean(), logits=logits)
+        def make():
+            g = torch.Generator().manual_seed(0)
+            labels = torch.tensor([0.0, 1.0, 0.0]) if {outputs} == 2 else torch.tensor([0, 1, 0])
+            batch = {{"x": torch.randn(3, 3, generator=g), "labels": labels}}
+            return [batch], [batch]
+    """)
+    data = brought(f"{name}:make")
+    model = bring_model(f"{name}:Model", data, seed=0)
+    assert [*evaluate(model, bring_loss(None, data, model), data)] == ["test_loss"]
+
+
+def test_classes_of_a_subset_are_those_of_its_data_set(user):
+    name = user("""
+        from torch.utils.data import DataLoader, Subset, TensorDataset
+        class Data(TensorDataset):
+            classes = ["cat", "dog", "fox"]
+            seen = 0
+            def __getitem__(self, index):
+                Data.seen += 1
+                return super().__getitem__(index)
+        def make():
+            data = Data(torch.randn(40, 5), torch.arange(40) % 2)
+            part = Subset(Subset(data, range(30)), range(20))
+            return DataLoader(part, 4), DataLoader(part, 4)
+    """)
+    data = brought(f"{name}:make")
+    assert data.num_classes == 3
+    assert sys.modules[name].Data.seen < 20  # the first batches, not a whole pass
+
+
+def test_the_mark_of_what_is_ignored_in_masks_is_no_class(user):
+    name = user("""
+        def make(ignored=255):
+            g = torch.Generator().manual_seed(0)
+            masks = torch.randint(3, (4, 6, 6), generator=g)
+            masks[:, 0] = ignored
+            batch = torch.randn(4, 3, 6, 6, generator=g), masks
+            return [batch], [batch]
+        def mend():
+            return make(-100)
+    """)
+    with pytest.raises(ValueError, match=r"without gaps, got 255 and none below it down to 2 .*Mark .* by -100"):
+        brought(f"{name}:make")
+    assert brought(f"{name}:mend").num_classes == 3
+
+
+def test_a_long_count_is_told(user, monkeypatch):
+    monkeypatch.setattr(bring_data_module, "PATIENCE_SECONDS", -1.0)
+    name = user("""
+        def make():
+            batches = [(torch.randn(2, 3), torch.tensor([0, 1]))] * 5
+            return batches, batches
+    """)
+    with pytest.warns(UserWarning, match="is gone through to count its batches and classes, 1 batches so far") as told:
+        assert brought(f"{name}:make").num_classes == 2
+    assert len(told) == 1
 
 
 def test_dictionaries_go_to_the_models_own_loss(user):

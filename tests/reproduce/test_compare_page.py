@@ -95,9 +95,8 @@ COMMAND = "python -m reproduce.compare --model my.net:make --methods default bet
 def written(folder: Path, found: Sequence[dict[str, Any]] | None = None, **options: Any) -> Path:
     found = records() if found is None else found
     config = {"model": "my.net:make", "data": "digits", "seeds": 3}
-    return write_report(
-        folder, found, summary_of(found=found, **options), command=COMMAND, config=config, environment=ENVIRONMENT
-    )
+    summary = summary_of(found=found, **options) | {"model": "my.net:make, 12 parameters, images resized to 224×224"}
+    return write_report(folder, found, summary, command=COMMAND, config=config, environment=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +115,7 @@ def test_the_page_says_what_was_found(page):
     document = Document(text)
     lead = next(said for said in document.texts["p"] if said.startswith("Against default"))
     assert "Better: better. Worse: lost. No difference shown: noisy. Not run, or refused: fixup." in lead
+    assert any(said == "Model: my.net:make, 12 parameters, images resized to 224×224." for said in document.texts["p"])
     cells = cells_of(page)
     expectations = (
         "60.0",

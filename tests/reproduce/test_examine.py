@@ -19,9 +19,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 from common.functional import classification_loss, parameters_of, pure_loss
+from common.guard import check_derivatives
 from common.initializers import torch_default_
 from common.layers import examine_layers
 from common.networks import make_network
@@ -714,6 +716,37 @@ def test_weights_are_drawn_by_the_seed_as_apply_draws_them(tmp_path):
     )
     weights = load_file(applied)
     assert norms[0][0] == pytest.approx(weights["features.0.weight"].norm().item(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("single")
+def test_an_autoencoder_is_not_judged_by_guesses_of_classes(tmp_path):
+    config = Config(
+        model="autoencoder", data="digits", batch_size=4, derivatives="never", device="cpu", quiet=True,
+        output=tmp_path / "out",
+    )  # fmt: skip
+    result = run(config)
+    assert "guess" not in " ".join(map(str, result["findings"]))
+    assert "a guess: ln" not in (tmp_path / "out" / "page.html").read_text("utf-8")
+
+
+class Squeezed(nn.Module):
+    """Works on a batch, and on a single example raises what is neither ValueError nor RuntimeError."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return F.log_softmax(self.layer(x).squeeze(0), dim=1)
+
+
+def test_whatever_a_model_raises_on_single_examples_stands_on_the_page(generator):
+    batch = torch.randn(4, 3, generator=generator), torch.tensor([0, 1, 1, 0])
+    result = examine(Squeezed(), classification_loss, batch, derivatives="always")
+    assert "Dimension out of range" in result["refused"]["gradient agreement"]
+    assert result["gradient quotient"] is not None
+    check = check_derivatives(Squeezed(), batch=batch, quantities=["per-example gradients"])
+    assert "Dimension out of range" in check.checks["per-example gradients"].note
 
 
 @pytest.mark.usefixtures("single")

@@ -53,7 +53,7 @@ def test_workers_do_units_and_say_what_went_wrong():
         for unit, kind, message in (
             ("mistake", ValueError, "a user's mistake"),
             ("layer", ValueError, "a layer is in the way"),
-            ("memory", ValueError, "the memory must hold the computation, got: Tried to allocate. Lower"),
+            ("memory", ValueError, "the memory must hold the computation, got: Tried to allocate. Take smaller"),
             ("error", RuntimeError, r"a unit of work raised.\n(?s:.*)KeyError: 'a bug'"),
             ("end", RuntimeError, "a worker must live as long as the run, got exit status 3"),
         ):
