@@ -18,23 +18,26 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return function(leaf)
-        if isinstance(leaf, UserDict):  # transformers.BatchEncoding and its like
-            mapped = copy.copy(leaf)
-            mapped.data = map_tensors(function, dict(leaf.data))
-            return mapped
-        if isinstance(leaf, (dict, list)):  # of a class of their own, which pytrees do not know
-            mapped = copy.copy(leaf)
-            for key in leaf if isinstance(leaf, dict) else range(len(leaf)):
-                mapped[key] = map_tensors(function, leaf[key])
-            return mapped
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            mapped = copy.copy(leaf)
-            for field in fields(leaf):  # of a frozen one too
-                object.__setattr__(mapped, field.name, map_tensors(function, getattr(leaf, field.name)))
-            return mapped
-        return leaf
+        is_instance = is_dataclass(leaf) and not isinstance(leaf, type)
+        return _map_container(function, leaf) if is_instance or isinstance(leaf, (dict, list, UserDict)) else leaf
 
     return tree_map(of_leaf, batch, is_leaf=lambda node: isinstance(node, (Tensor, UserDict)))
+
+
+def _map_container(function: Callable[[Tensor], Any], container: Any) -> Any:
+    """A copy of what pytrees do not know, entry by entry and attribute by attribute, among which are its fields."""
+    mapped = copy.copy(container)
+    if isinstance(container, (dict, list)):
+        for key in container if isinstance(container, dict) else range(len(container)):
+            mapped[key] = map_tensors(function, container[key])
+    attributes = getattr(container, "__dict__", {})
+    if attributes is container:  # a dictionary whose entries are its attributes
+        mapped.__dict__ = mapped
+        return mapped
+    own = [field.name for field in fields(container)] if is_dataclass(container) else []
+    for name in dict.fromkeys((*own, *attributes)):  # fields may be slots, and an instance frozen
+        object.__setattr__(mapped, name, map_tensors(function, getattr(container, name)))
+    return mapped
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:

@@ -80,8 +80,7 @@ def names_of(model: nn.Module) -> dict[str, list[str]]:
 
 @contextmanager
 def unchanged_on_error(leaves: Iterable[Tensor]) -> Iterator[None]:
-    """On any error within, an interrupt too, the tensors have the values that they had before."""
-    # a sparse buffer is not written entry by entry
+    """On any error within, an interrupt too, the tensors have the values that they had before; but for sparse ones."""
     before = [(leaf, leaf.detach().clone()) for leaf in leaves if leaf.layout is torch.strided]
     try:
         yield
@@ -238,7 +237,7 @@ def _pure_call(
     """(params, batch, seed, statistics) ↦ the loss and, in mode "tracked", the statistics after it."""
     caller = "tracking_loss" if mode == "tracked" else "pure_loss"
     wrapped = _LossModule(structural_copy(model), loss_fn)
-    _set_modes(wrapped.model, mode, dropout=seed is not None, exact=exact)
+    _set_modes(wrapped.model, mode, dropout=seed is not None)
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     memory = {_address(leaf) for leaf in own.values()} - {0}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -382,7 +381,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *, dropout: bool, exact: bool) -> None:
+def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *, dropout: bool) -> None:
     model.train(dropout)
     for module in model.modules():
         if isinstance(module, _NormBase):
@@ -391,8 +390,9 @@ def _set_modes(model: nn.Module, mode: Literal["batch", "running", "tracked"], *
                 # Without buffers there is nothing to update in place, which torch.func would refuse.
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
-        if isinstance(module, nn.RNNBase) and exact:
-            # cuDNN's layout: its kernels are not called, and under torch.func weights have no address to be asked for
+        if isinstance(module, nn.RNNBase):
+            # cuDNN's layout moves the weights, which are the caller's, and asks for addresses that they do not have
+            # under torch.func. Without `exact` cuDNN compacts them at each call, of which torch warns.
             module.flatten_parameters = lambda: None
         # Training moves the power iteration, a step that is not differentiated: derivatives would not be the loss's.
         if isinstance(module, _SpectralNorm):

@@ -69,7 +69,8 @@ def bring_model(spec: str, data: Brought, *, seed: int, options: Mapping[str, An
             if is_user:
                 raise
             raise ValueError(
-                f"bring_model: {spec} must take the options {dict(options)}, got {type(error).__name__}: {error}"
+                f"bring_model: {spec} must be built with the options {dict(options)}, got {type(error).__name__}: "
+                f"{error}"
             ) from error
     check_bare(model, "bring_model")
     model = model.to(data.device)
@@ -154,8 +155,8 @@ def _torchvision(name: str, data: Brought, options: dict[str, Any]) -> nn.Module
             raise ValueError(
                 f"bring_model: `model` must be an image classifier, got torchvision:{name}, which detects, segments, "
                 "or takes video or quantised numbers. Bring one that segments or takes video as "
-                "package.module:callable, with data and a loss. A detector has a loss in training mode only, in which "
-                "none is initialised."
+                "package.module:callable, with data and a loss. A detector has a loss in training mode only, and "
+                "models are initialised in evaluation mode."
             )
         raise ValueError(f"bring_model: torchvision must have the model, got {name!r}.{_nearest(name, classifiers)}")
     if name in ("googlenet", "inception_v3"):
@@ -359,7 +360,8 @@ def bring_loss(spec: str | None, data: Brought, model: nn.Module) -> UserLoss:
         model: Left as it is.
 
     Raises:
-        ValueError: The loss is none that can be had, or fails, or the data has no class labels for the default.
+        ValueError: The loss is none that can be had, or fails, or the data has no class labels for the default; a
+            language model that sees what follows.
         TypeError: The user's loss is not callable, or returns something else than a tensor of one number.
     """
     if spec is None:
@@ -377,7 +379,29 @@ def bring_loss(spec: str | None, data: Brought, model: nn.Module) -> UserLoss:
     if not isinstance(value, Tensor) or value.ndim != 0:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"bring_loss: {what} must return a scalar tensor, the mean over examples, got {got}.")
+    if loss_fn is keyword_loss and data.is_text:
+        _check_causal(model, data)
     return loss_fn
+
+
+@torch.no_grad()
+def _check_causal(model: nn.Module, data: Brought) -> None:
+    """What a character's logits depend on must not hold the character that follows, which is their label."""
+    ids, _ = map_tensors(_few, data.example)
+    half = ids.shape[1] // 2
+    with in_evaluation_mode(model):
+        logits = getattr(model(ids), "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            return
+        others = torch.cat([ids[:, :half], (ids[:, half:] + 1) % logits.shape[-1]], 1)
+        change = (model(others).logits - logits).float().abs()
+    if change[:, :half].max() > 1e-4 * change[:, half:].max():  # more than round-off
+        raise ValueError(
+            f"bring_loss: the default loss of text needs a causal language model, got {type(model).__name__}, whose "
+            "logits depend on characters that follow. Name a causal class under `architectures`, or set "
+            "is_decoder=true where a configuration has that; for another objective bring data and loss "
+            "as package.module:callable."
+        )
 
 
 def _default_loss(data: Brought, model: nn.Module) -> UserLoss:
@@ -462,21 +486,4 @@ def _check_fit(spec: str, model: nn.Module, data: Brought) -> None:
         raise ValueError(
             f"bring_model: {spec} must return logits of {data.num_classes} classes, got {got} for {len(batch[0])} "
             "examples. A model that returns something else is brought as package.module:callable, with a loss."
-        )
-    if data.is_text and logits is not output:
-        _check_causal(spec, model, batch[0], logits)
-
-
-@torch.no_grad()
-def _check_causal(spec: str, model: nn.Module, ids: Tensor, logits: Tensor) -> None:
-    """A model of transformers: what a character's logits depend on must not hold the next one, their label."""
-    half = ids.shape[1] // 2
-    others = torch.cat([ids[:, :half], (ids[:, half:] + 1) % logits.shape[-1]], 1)
-    with in_evaluation_mode(model):
-        change = (model(others).logits - logits).float().abs()
-    if change[:, :half].max() > 1e-4 * change[:, half:].max():  # more than round-off
-        raise ValueError(
-            f"bring_model: {spec} must be a causal language model, got {type(model).__name__}, whose logits depend on "
-            "characters that follow. Set is_decoder=true in its configuration or name a causal class under "
-            "`architectures`; for another objective bring model, data and loss as package.module:callable."
         )

@@ -489,8 +489,8 @@ def _sizes(spec: str, loader: Any, caller: str) -> tuple[Batch, int, int | None]
     _check_batch(first, f"batch 1 of {what}", None, caller)
     is_labelled = _labels(first) is not None
     dataset = getattr(loader, "dataset", None)
-    while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):  # a subset of one that has them
-        dataset = dataset.dataset  # pyright: ignore[reportOptionalMemberAccess]
+    while isinstance(dataset, torch.utils.data.Subset):
+        dataset = dataset.dataset
     classes = getattr(dataset, "classes", None)  # as torchvision's data sets have it
     try:
         steps = len(loader)
@@ -498,25 +498,28 @@ def _sizes(spec: str, loader: Any, caller: str) -> tuple[Batch, int, int | None]
         steps = None
     if steps is not None and (classes is not None or not is_labelled):
         return first, steps, len(classes) if classes is not None and is_labelled else None
-    number, met, asked_at = 0, torch.zeros(0, dtype=torch.int64), time.monotonic()
+    is_mask = is_pair(first) and first[1].ndim > 2
+    number, largest, below, asked_at = 0, -1, -1, time.monotonic()
     for number, batch in enumerate(_gone_through(caller, what, loader, 0), 1):
         _check_batch(batch, f"batch {number} of {what}", None, caller)
         labels = _labels(batch)
-        met = met if labels is None else torch.cat([met, labels.cpu()]).unique()
+        if labels is not None and labels.numel():
+            largest = max(largest, int(labels.max()))
+        if labels is not None and is_mask and (others := labels[labels < IGNORED_IN_MASKS]).numel():
+            below = max(below, int(others.max()))
         if time.monotonic() - asked_at > PATIENCE_SECONDS:
             asked_at = math.inf
             warnings.warn(
-                f"{caller}: {what} is gone through to count its batches and classes, {number:,} batches so far. If it "
-                "has no end, give its data set a length; a data set's `classes` need no counting.",
+                f"{caller}: {what} is gone through to count its batches and classes, {number:,} batches so far. It is "
+                "not, and need not end, where its data set has a length and, with labels, `classes`.",
                 stacklevel=4,
             )
-    classes = int(met[-1]) + 1 if len(met) else 0
-    if classes == IGNORED_IN_MASKS + 1 and IGNORED_IN_MASKS - 1 not in met:
+    if is_mask and largest == IGNORED_IN_MASKS and below < IGNORED_IN_MASKS - 1:
         raise ValueError(
-            f"{caller}: labels must number the classes without gaps, got {IGNORED_IN_MASKS} and none below it down to "
-            f"{int(met[-2]) if len(met) > 1 else 0} in {what}. Mark what is to be ignored by {IGNORED}."
+            f"{caller}: masks must hold classes, got {IGNORED_IN_MASKS} above {below} in {what}, which often marks "
+            f"what is to be ignored. Mark that by {IGNORED}, or give the data set its `classes`."
         )
-    return first, number, classes if is_labelled else None
+    return first, number, largest + 1 if is_labelled else None
 
 
 def _digest(batches: list[Batch], *, content: bool = True) -> str:

@@ -251,8 +251,8 @@ def run(config: Config) -> dict[str, Any]:
     write_environment(folder, bench.data.record | {"identity": bench.data.identity}, device)
     console.print(f"Data: {bench.data.identity}.", markup=False)
     console.print(f"Device: {device_name(device)}. Run folder: {folder.folder}", markup=False)
-    model, _ = bench.draw(0)  # a model or loss that cannot be had says so now
-    description = describe_model(config.model, model, bench.data)
+    # a model or loss that cannot be had says so now
+    description = describe_model(config.model, bench.draw(0)[0], bench.data)
     console.print(f"Model: {description}.", markup=False)
     with make_progress(quiet=config.quiet) as progress:
         compute(config, folder, bench, progress, console)

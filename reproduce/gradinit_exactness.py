@@ -77,10 +77,16 @@ PRESETS = {
 }
 
 
+NOT_FINITE = {"cosine": math.nan, "same_sign": math.nan, "error": math.nan}
+"""How two slopes agree of which one overflowed."""
+
+
 # ---------------------------------------------------------------------------------------------- one unit of work
 def agreement(d: Tensor, reference: Tensor) -> dict[str, float]:
     """How alike two scale gradients are: cosine, share of equal signs, largest difference over the largest entry."""
     d, reference = d.double(), reference.double()  # on a bad start their squares may leave float32's range
+    if not (d.isfinite().all() and reference.isfinite().all()):
+        return dict(NOT_FINITE)
     return {
         "cosine": torch.nn.functional.cosine_similarity(d, reference, dim=0).item(),
         "same_sign": (d.sign() == reference.sign()).double().mean().item(),
@@ -111,8 +117,8 @@ def measure(config: Config, network: str, seed: int, data: ImageData, device: to
     def compared(*both: dict[str, Any]) -> dict[str, float]:
         try:
             return agreement(*(slopes(**options) for options in both))
-        except NotFiniteError:  # a result, told by numbers that are none
-            return {"cosine": math.nan, "same_sign": math.nan, "error": math.nan}
+        except NotFiniteError:  # a result
+            return dict(NOT_FINITE)
 
     with full_precision(device):
         rows = [
@@ -184,7 +190,7 @@ def summarise(records: Records) -> dict[str, Any]:
         for comparison in record["comparisons"]:
             label = comparison["comparison"] if comparison["eta"] is None else f"{comparison['eta']:g}"
             row = rows.setdefault(label, {"cosine": [], "same_sign": [], "error": [], "not_finite": 0})
-            if comparison["error"] is None:  # which any entry that is not finite leads to
+            if comparison["error"] is None:
                 row["not_finite"] += 1
                 continue
             for key in ("cosine", "same_sign", "error"):

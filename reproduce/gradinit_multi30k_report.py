@@ -209,7 +209,7 @@ def conclude(comparison: dict[str, Any]) -> str:
         return f"{what}: nothing to compare."
     difference, low, high = (comparison[key] for key in ("difference", "low", "high"))
     if not math.isfinite(low):
-        return f"{what}: {difference:+.2f} nats ({no_interval(comparison['pairs'])})."
+        return f"{what}: {difference:+.2f} nats ({no_interval(comparison['pairs'], difference)})."
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
     return (
         f"{what}: {difference:+.2f} nats, {verdict} (95 % t-interval {low:+.2f} to {high:+.2f}, {comparison['pairs']} "

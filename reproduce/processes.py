@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -162,7 +162,13 @@ class Workers:
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches the whole group, and the parent decides: what is begun in here ignores it from its first line."""
+    """Ctrl-C reaches the whole group, and the parent decides: what is begun in here ignores it from its first line.
+
+    Where the system hands signals' handlers on, and in the main thread, which alone may set them.
+    """
+    if current_thread() is not main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -172,6 +178,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 def _work(connection: Connection, make: Callable[[], Do], threads: int) -> None:
     """What a worker does: one unit after another, until it is ended. A unit None only makes it ready."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     tell_warnings()

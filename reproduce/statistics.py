@@ -12,7 +12,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (NaN for a single value, or where one is not finite)."""
     with np.errstate(invalid="ignore"):
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), deviation
+        return float(np.mean(values)), deviation
 
 
 def paired_interval(
@@ -23,7 +23,8 @@ def paired_interval(
     Infinite with fewer than two pairs, where one is not finite, and where the differences are all the same and not 0:
     on few test examples they may be, and nothing is known of their spread.
     """
-    differences = np.subtract(after, before)
+    with np.errstate(invalid="ignore"):
+        differences = np.subtract(after, before)
     if len(differences) < 2 or not np.isfinite(differences).all():
         return -math.inf, math.inf
     if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # but for round-off
@@ -47,9 +48,10 @@ def compare(arm: str, other: str, after: Mapping[int, float], before: Mapping[in
     return {"arm": arm, "against": other, "difference": difference, "low": low, "high": high, "pairs": len(seeds)}
 
 
-def no_interval(pairs: int) -> str:
+def no_interval(pairs: int, difference: float) -> str:
     """Why there is none."""
     why = "one seed" if pairs == 1 else f"the same at all {pairs} seeds, so that nothing is known of its spread"
+    why = why if math.isfinite(difference) else "not finite at every seed"
     return f"{why}: no interval, no conclusion"
 
 
@@ -60,6 +62,6 @@ def conclude(comparison: Mapping[str, Any]) -> str:
     if comparison["pairs"] == 0:
         return f"{comparison['arm']} against {comparison['against']}: nothing to compare."
     if not math.isfinite(low):
-        return f"{what} ({no_interval(comparison['pairs'])})."
+        return f"{what} ({no_interval(comparison['pairs'], difference)})."
     verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
     return f"{what}, {verdict} (95 % t-interval {low:+.1f} to {high:+.1f}, {comparison['pairs']} paired seeds)."

@@ -68,7 +68,7 @@ def noise_batches(
         `(x, y)`: x of shape (batch, *input_shape) y int64 of shape (batch,).
 
     Raises:
-        TypeError: `input_shape` is no tuple of whole numbers; `generator` is none.
+        TypeError: `input_shape` is no tuple of whole numbers, or `generator` no torch.Generator.
         ValueError: One of the sizes, `num_classes` or `batch_size` below 1.
     """
     _check_noise("noise_batches", input_shape, generator)
@@ -94,7 +94,7 @@ def _check_noise(caller: str, input_shape: object, generator: object) -> None:
         )
     if min(input_shape, default=1) < 1:
         raise ValueError(f"{caller}: sizes in `input_shape` must be 1 or more, got {input_shape}.")
-    if not isinstance(generator, (torch.Generator, type(None))):
+    if not isinstance(generator, torch.Generator):
         raise TypeError(f"{caller}: `generator` must be a torch.Generator, got {generator!r}.")
 
 
@@ -396,8 +396,8 @@ def _default_noise(
             "metainit: without `batches`, `input_shape` (one example's shape) must be given and `loss_fn` left at its "
             f"default, got input_shape={input_shape}. Pass one of the two."
         )
-    _check_noise("metainit", input_shape, generator)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    _check_noise("metainit", input_shape, generator)
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     if num_classes is None:
         with torch.no_grad():

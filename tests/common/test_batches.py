@@ -30,6 +30,30 @@ class ModelInput:
     padding: str = "right"
 
 
+class Attributes(dict):
+    """Whose entries are its attributes, as many configurations' and batches'."""
+
+    def __init__(self, **entries) -> None:
+        super().__init__(**entries)
+        self.__dict__ = self
+
+
+@dataclass
+class Derived:
+    """With a tensor that is no field."""
+
+    x: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.last = self.x[:, 0].clone()
+
+
+@dataclass(slots=True)
+class Slotted:
+    a: torch.Tensor
+    b: torch.Tensor
+
+
 def make(kind: str):
     a, b = torch.arange(6.0).reshape(3, 2), torch.arange(3.0)
     return {
@@ -40,13 +64,18 @@ def make(kind: str):
         "user dictionary": UserDict(a=a, b={"c": b}),
         "own dictionary": (Inputs(a=a, name="x"), b),
         "own list": Lines([a, Inputs(b=b)]),
+        "attributes": Attributes(a=a, b=b),
+        "derived": Derived(a),
+        "slots": Slotted(a, b),
         "dataclass": ModelInput(a, [b]),
         "dataclass inside": (ModelInput(a, []), b),
     }[kind]
 
 
-KINDS = ["tuple", "named tuple", "dictionary", "ordered", "user dictionary", "own dictionary", "own list", "dataclass",
-         "dataclass inside"]  # fmt: skip
+KINDS = (
+    "tuple", "named tuple", "dictionary", "ordered", "user dictionary", "own dictionary", "own list", "attributes",
+    "derived", "slots", "dataclass", "dataclass inside",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,6 +89,13 @@ def test_every_tensor_is_reached_in_order_and_the_batch_stays(kind):
     assert all(map(torch.equal, tensors_of(batch), before))
     assert count_examples(batch, "nio") == 3
     assert [leaf.shape for leaf in tensors_of(first_examples(batch, 2))] == [(2, 2), (2,)]
+
+
+def test_attributes_are_those_of_the_examples_that_are_left():
+    batch = first_examples(make("attributes"), 1)
+    assert batch.a is batch["a"]
+    assert len(batch.b) == 1
+    assert len(first_examples(make("derived"), 1).last) == 1
 
 
 def test_whatever_is_no_tensor_is_kept():

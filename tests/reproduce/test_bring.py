@@ -695,8 +695,8 @@ def test_a_vision_transformer_keeps_224_unless_it_is_asked_for_another_size():
     ("spec", "options", "message"),
     [
         ("resnet-21", {}, r"bring_model: `model` must be one of charlstm.*`depth` must be 6n \+ 2"),
-        ("plain-5-8", {"depht": 3}, "plain-5-8 must take the options {'depht': 3}, got TypeError: .*depht"),
-        ("torchvision:vit_b_16", {"image_size": 100}, "must take the options {'image_size': 100}, got AssertionError"),
+        ("plain-5-8", {"depht": 3}, "plain-5-8 must be built with the options {'depht': 3}, got TypeError: .*depht"),
+        ("torchvision:vit_b_16", {"image_size": 100}, "built with the options {'image_size': 100}, got AssertionError"),
         ("charlstm", {}, "charlstm needs characters, got digits"),
         ("torchvision:resnet19", {}, "torchvision must have the model, got 'resnet19'. Did you mean resnet18"),
         ("torchvision:inception_v3", {}, "must return its logits alone, got torchvision:inception_v3"),
@@ -897,9 +897,10 @@ BERT = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "int
 )
 def test_a_language_model_that_sees_what_follows_is_refused(config, refused):
     data = brought("pydoc", train_examples=4, test_examples=3, batch_size=2)
-    message = r"must be a causal language model, got Bert.*, whose logits depend on characters that follow\. Set is_dec"
+    message = r"needs a causal language model, got Bert.*, whose logits depend on characters that follow\. Name a caus"
+    model = bring_model(write_config(**config), data, seed=0)
     with pytest.raises(ValueError, match=message) if refused else nullcontext():
-        bring_model(write_config(**config), data, seed=0)
+        bring_loss(None, data, model)
 
 
 def test_a_sequence_of_symbols_with_one_label_is_no_language_model(user):
@@ -968,6 +969,25 @@ def test_classes_of_a_subset_are_those_of_its_data_set(user):
     assert sys.modules[name].Data.seen < 20  # the first batches, not a whole pass
 
 
+def test_classes_of_a_data_set_in_another_s_place_are_counted(user):
+    name = user("""
+        from torch.utils.data import DataLoader, Dataset, TensorDataset
+        class Fine(TensorDataset):
+            classes = list("abcdef")
+        class Coarse(Dataset):
+            def __init__(self):
+                self.dataset = Fine(torch.randn(12, 5), torch.arange(12) % 6)
+            def __len__(self):
+                return 12
+            def __getitem__(self, index):
+                x, y = self.dataset[index]
+                return x, y // 3
+        def make():
+            return DataLoader(Coarse(), 4), DataLoader(Coarse(), 4)
+    """)
+    assert brought(f"{name}:make").num_classes == 2
+
+
 def test_the_mark_of_what_is_ignored_in_masks_is_no_class(user):
     name = user("""
         def make(ignored=255):
@@ -979,7 +999,7 @@ def test_the_mark_of_what_is_ignored_in_masks_is_no_class(user):
         def mend():
             return make(-100)
     """)
-    with pytest.raises(ValueError, match=r"without gaps, got 255 and none below it down to 2 .*Mark .* by -100"):
+    with pytest.raises(ValueError, match=r"masks must hold classes, got 255 above 2 .*Mark that by -100"):
         brought(f"{name}:make")
     assert brought(f"{name}:mend").num_classes == 3
 

@@ -197,6 +197,19 @@ def test_a_run_is_resumed_with_fewer_processes(complete, single, monkeypatch):
     assert json.loads(before)["processes"] == 1
 
 
+def test_a_layer_that_cannot_be_described_does_not_end_the_comparison(tmp_path, single, monkeypatch):
+    monkeypatch.setattr(arms, "described", lambda *_: [][0])
+    folder = tmp_path / "run"
+    run(replace(SMOKE, methods=("kaiming",), seeds=1, learning_rates=(0.1,), output=folder))
+    records = commands.records_of(folder)
+    start = next(record for record in records if record["kind"] == "initialisation")
+    assert start["layers_error"].startswith("IndexError: list index out of range")
+    assert (start["layers"], start["error"]) == ([], None)
+    assert any(record["kind"] == "training" and record["error"] is None for record in records)
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    assert re.fullmatch(rf"{SMOKE.model}, [\d,]+ parameters", summary["model"])
+
+
 def test_a_reader_that_is_gone_costs_no_page(tmp_path, single, monkeypatch):
     def broken_pipe(*_):
         raise SystemExit(1)  # as rich ends

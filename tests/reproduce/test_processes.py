@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.types import DerivativeError
-from reproduce.processes import Workers
+from reproduce.processes import Workers, _deaf_to_interrupts
 from tests.conftest import ROOT
 from tests.reproduce.commands import ENVIRONMENT
 
@@ -36,6 +37,15 @@ def make_do(index: int):
         return {"index": index, "threads": torch.get_num_threads(), "pid": os.getpid()}
 
     return do
+
+
+def test_interrupts_are_ignored_for_a_while_and_only_where_that_can_be_said():
+    before = signal.getsignal(signal.SIGINT)
+    with _deaf_to_interrupts():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is before
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert elsewhere.submit(lambda: _deaf_to_interrupts().__enter__()).result() is None
 
 
 def test_workers_do_units_and_say_what_went_wrong():

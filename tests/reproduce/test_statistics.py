@@ -44,3 +44,12 @@ def test_no_claim_without_an_interval(after, before, expected):
 def test_percent():
     assert percent([0.1, 0.2]) == "15.0 ± 7.1"
     assert percent([0.123]) == "12.3"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_has_no_interval_and_no_conclusion(value):
+    assert paired_interval([1.0, value, 2.0], [0.5, value, 0.5]) == (-math.inf, math.inf)
+    assert math.isnan(mean_and_deviation([value, -value])[0])
+    said = conclude(compare("a", "b", {0: 1.0, 1: value, 2: 0.5}, {0: 0.5, 1: 0.5, 2: 0.5}))
+    assert said.endswith("(not finite at every seed: no interval, no conclusion).")

@@ -522,6 +522,11 @@ def test_noise_has_a_shape_and_a_generator(options, message):
         noise_batches(**({"generator": torch.Generator()} | options), num_classes=3, batch_size=2)
 
 
+def test_noise_by_itself_has_no_default_generator():
+    with pytest.raises(TypeError, match=r"noise_batches: `generator` must be a torch\.Generator, got None"):
+        noise_batches((4,), 3, 2, generator=None)
+
+
 def test_a_shape_may_be_of_numpys_numbers():
     metainit(mlp(4, 6, 3), input_shape=tuple(np.array([4])), steps=1, **QUIET)
 
