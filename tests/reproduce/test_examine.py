@@ -773,7 +773,7 @@ def test_options_of_model_and_method_are_theirs(tmp_path):
     assert result["options"] == ["steps=1"]
     page = (tmp_path / "out" / "page.html").read_text("utf-8")
     assert "initialised by gradinit (steps=1)" in page
-    with pytest.raises(ValueError, match=r"must take the options .*sides"):
+    with pytest.raises(ValueError, match=r"must be built with the options .*sides"):
         run(replace(config, model="torchvision:resnet18", model_options=("sides=64",), output=tmp_path / "other"))
 
 
