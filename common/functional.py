@@ -481,7 +481,7 @@ def check_apart(model: nn.Module, caller: str) -> None:
     for name, leaf in model.named_parameters():
         if leaf.layout is torch.strided and not leaf.is_meta and leaf.numel():
             begin = int(leaf.storage_offset())
-            end = begin + sum((size - 1) * int(step) for size, step in zip(leaf.shape, leaf.stride(), strict=True)) + 1
+            end = begin + _reach(leaf) + 1
             own = by_memory.setdefault(leaf.untyped_storage().data_ptr(), [])
             own.append((begin * leaf.element_size(), end * leaf.element_size(), name, leaf))
     for neighbours in by_memory.values():
@@ -497,6 +497,11 @@ def check_apart(model: nn.Module, caller: str) -> None:
             reaching.append((begin, end, name, leaf))
 
 
+def _reach(leaf: Tensor) -> int:
+    """How far in memory a tensor's last entry is from its first."""
+    return sum((size - 1) * int(step) for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+
+
 def _share_entries(a: Tensor, b: Tensor) -> bool:
     """Of two tensors in one piece of memory that reach into each other, whether an entry is both's."""
     if a.element_size() != b.element_size():
@@ -505,11 +510,9 @@ def _share_entries(a: Tensor, b: Tensor) -> bool:
     taken = []
     for leaf in (a, b):
         shape = [size if step else 1 for size, step in zip(leaf.shape, leaf.stride(), strict=True)]
-        reach = (
-            leaf.storage_offset() - first + sum((n - 1) * step for n, step in zip(shape, leaf.stride(), strict=True))
-        )
-        mask = torch.zeros(reach + 1, dtype=torch.bool, device="cpu")
-        mask.as_strided(shape, leaf.stride(), leaf.storage_offset() - first).fill_(True)
+        begin = leaf.storage_offset() - first
+        mask = torch.zeros(begin + _reach(leaf) + 1, dtype=torch.bool, device="cpu")
+        mask.as_strided(shape, leaf.stride(), begin).fill_(True)
         taken.append(mask)
     length = min(map(len, taken))
     return bool((taken[0][:length] & taken[1][:length]).any())
