@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.record import device_name, put_in_place
+from common.record import device_name, write_text
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -114,9 +114,7 @@ def run_sections(
         rows = kept | {label: row | now for label, row in measured.items()}
         results[section] = {"about": about, **now, "results": rows}
         if save:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-            put_in_place(partial, path)
+            write_text(path, json.dumps(results, indent=2) + "\n")
         show(console, f"{section}: {about}", measured)  # last: a closed pipe ends the process
 
 

@@ -173,6 +173,13 @@ def put_in_place(partial: Path, path: Path) -> None:
     partial.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Written beside and renamed: whole, or as it was before."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, "utf-8", newline="\n")
+    put_in_place(partial, path)
+
+
 def as_recorded(value: float) -> float | str:
     """JSON has no infinity: "inf" and "nan", which `float` reads."""
     return value if math.isfinite(value) else str(value)
@@ -325,10 +332,7 @@ def _read_object(path: Path, text: bytes, caller: str, line: int | None = None) 
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Written beside and renamed: whole or absent."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_plain(value), indent=2) + "\n", "utf-8")
-    put_in_place(partial, path)
+    write_text(path, json.dumps(_plain(value), indent=2) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from common.record import put_in_place
+from common.record import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -265,7 +265,7 @@ def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section]
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    _write(path, html)
+    write_text(path, html)
 
 
 def footer_of(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -290,7 +290,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str | 
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    _write(path, buffer.getvalue())
+    write_text(path, buffer.getvalue())
 
 
 def _numbered(section: Section, number: int) -> dict[str, Any]:
@@ -316,9 +316,3 @@ def _sorted_by(cell: Cell | str | float | None) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8", newline="\n")
-    put_in_place(partial, path)

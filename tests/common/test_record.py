@@ -287,8 +287,8 @@ def test_a_summary_cut_off_while_written_does_not_count(folder, monkeypatch):
     run = reopen(folder)
     write = Path.write_text
 
-    def half(path, text, *args):
-        write(path, text[: len(text) // 2], *args)
+    def half(path, text, *args, **options):
+        write(path, text[: len(text) // 2], *args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
